@@ -1,0 +1,34 @@
+"""One exception type for bad input, and how a command line reports it."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
+
+
+class InputError(ValueError):
+    """The user's input cannot be used.
+
+    The message is one sentence: what was given, what is allowed, what to do. Commands print it without a traceback;
+    every other exception is a defect of ours and keeps its traceback.
+    """
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the closest valid name, or an empty string if none is close."""
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def report_input_errors(command: Callable[..., int]) -> Callable[..., int]:
+    """Make a command print an `InputError` as one line and return exit status 2."""
+
+    @wraps(command)
+    def wrapper(*args: object, **kwargs: object) -> int:
+        try:
+            return command(*args, **kwargs)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return wrapper
