@@ -1,0 +1,1 @@
+"""Both training stages: `transformers.Trainer` with losses and data of ours."""

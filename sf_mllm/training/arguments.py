@@ -1,0 +1,80 @@
+"""From the section `train` of a run's YAML to `transformers.TrainingArguments`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from sf_mllm.errors import InputError, nearest
+
+_SET_BY_THE_RUN = {
+    "output_dir": "set output_dir at the top level",
+    "seed": "set seed at the top level",
+    "data_seed": "set seed at the top level",
+    "resume_from_checkpoint": "a run resumes by itself when the same command is given again",
+    "save_only_model": "a run could not resume without the optimizer's state",
+    "ignore_data_skip": "a resumed run would see other images than an undisturbed one",
+    "remove_unused_columns": "the data reaches the model whole",
+    "push_to_hub": "upload the saved directory instead",
+}
+
+
+def make_training_arguments(train: dict[str, Any], checkpoints: str | Path, seed: int) -> TrainingArguments:
+    """Build the Trainer's arguments from our defaults and the values of a run.
+
+    Args:
+        train: any fields of `TrainingArguments`; `max_steps` or `num_train_epochs` is required.
+        checkpoints: where the Trainer writes its checkpoints.
+        seed: seed of initial weights, data order and dropout.
+
+    Raises:
+        InputError: a field is unknown (the nearest one is named), belongs to the run, or has an unusable value.
+    """
+    fields = TrainingArguments.__dataclass_fields__
+    for key, value in train.items():
+        if key in _SET_BY_THE_RUN:
+            raise InputError(f"train.{key} cannot be set; {_SET_BY_THE_RUN[key]}.")
+        if key not in fields:
+            raise InputError(
+                f"train.{key} is not a field of transformers.TrainingArguments.{nearest(key, fields)} "
+                "Remove it or correct its name."
+            )
+        if not _is_of_kind(value, fields[key].default):
+            kind = type(fields[key].default).__name__
+            raise InputError(f"train.{key}={value!r} has the wrong type; give a value of type {kind}.")
+    if not {"max_steps", "num_train_epochs"} & train.keys():
+        raise InputError("The section 'train' does not say how long to train; set train.max_steps or num_train_epochs.")
+
+    has_cuda = torch.cuda.is_available()
+    defaults: dict[str, Any] = {
+        "bf16": has_cuda and torch.cuda.is_bf16_supported() and not train.get("fp16", False),
+        "use_cpu": not has_cuda and not torch.backends.mps.is_available(),
+        "dataloader_pin_memory": has_cuda,
+        "logging_steps": 10,
+        "logging_nan_inf_filter": False,  # a NaN must be seen, not replaced by the mean of the losses before it
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,  # training/progress.py prints a line that also reads well in a log file
+    }
+    try:
+        return TrainingArguments(
+            **{**defaults, **train},
+            output_dir=str(checkpoints),
+            seed=seed,
+            remove_unused_columns=False,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        first_line = str(error).strip().splitlines()[0].rstrip(".")
+        raise InputError(f"The section 'train' is refused by transformers: {first_line}.") from error
+
+
+def _is_of_kind(value: Any, default: Any) -> bool:
+    """Whether a YAML value suits a field whose default is a bool or a number; other fields check themselves."""
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, int):
+        return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return True

@@ -1,0 +1,112 @@
+"""What a run reports while it trains: rows in `metrics.jsonl` and a line that a person can read."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sf_mllm.config import write_text_atomically
+from sf_mllm.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+_NOT_ON_THE_LINE = {"epoch", "total_flos", "step", "learning_rate", "grad_norm", "samples_per_s"}
+
+
+def report_progress(trainer: Trainer, run: RunFolder) -> None:
+    """Let a Trainer write `metrics.jsonl` and log readable lines instead of printing dictionaries."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressReporter(run.metrics_file))
+
+
+def configure_logging() -> None:
+    """Show this package's log lines on stderr; for entry points only."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("sf_mllm").setLevel(logging.INFO)
+
+
+class ProgressReporter(TrainerCallback):
+    """Appends one row for each log event; after a resume, rows beyond the resumed step are dropped first."""
+
+    def __init__(self, metrics_file: Path) -> None:
+        self.metrics_file = metrics_file
+        self._began = self._last_time = 0.0
+        self._first_step = self._last_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note where this start begins and drop rows that will be made again."""
+        self._began = self._last_time = time.monotonic()
+        self._first_step = self._last_step = state.global_step
+        if not state.is_world_process_zero:
+            return
+        _truncate_rows(self.metrics_file, last_step=state.global_step)
+        if state.global_step:
+            logger.info("Resuming at step %d of %d.", state.global_step, state.max_steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append a row and log a line."""
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:  # the summary goes into run.json
+            return
+        row: dict[str, Any] = {"step": state.global_step, **logs}
+        now = time.monotonic()
+        if "loss" in logs and state.global_step > self._last_step:
+            samples = (state.global_step - self._last_step) * _global_batch_size(args)
+            row["samples_per_s"] = round(samples / (now - self._last_time), 2)
+            self._last_time, self._last_step = now, state.global_step
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        logger.info("%s", self._line(row, state, now))
+
+    def _line(self, row: Mapping[str, Any], state: TrainerState, now: float) -> str:
+        width = len(str(state.max_steps))
+        parts = [f"step {state.global_step:>{width}}/{state.max_steps}"]
+        for key, value in row.items():
+            if key not in _NOT_ON_THE_LINE and isinstance(value, int | float):
+                parts.append(f"{key} {value:.4g}")
+        if "samples_per_s" in row:
+            seconds_a_step = (now - self._began) / (state.global_step - self._first_step)
+            left = (state.max_steps - state.global_step) * seconds_a_step
+            parts += [
+                f"lr {row.get('learning_rate', 0.0):.1e}",
+                f"{row['samples_per_s']:.4g}/s",
+                f"left {_clock(left)}",
+            ]
+        return "  ".join(parts)
+
+
+def _truncate_rows(metrics_file: Path, last_step: int) -> None:
+    """Keep the rows up to a step; a line torn by a kill is dropped with the rest. Step 0 means a new beginning."""
+    if not metrics_file.exists():
+        return
+    kept = []
+    for line in metrics_file.read_text(encoding="utf-8").splitlines():
+        try:
+            is_kept = 0 < last_step and json.loads(line)["step"] <= last_step
+        except ValueError:
+            is_kept = False
+        if is_kept:
+            kept.append(line + "\n")
+    write_text_atomically(metrics_file, "".join(kept))
+
+
+def _global_batch_size(args: TrainingArguments) -> int:
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
