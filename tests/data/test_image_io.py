@@ -151,9 +151,10 @@ def test_exif_orientation_of_sixteen_bit_grey():
     assert np.asarray(image)[..., 0].tolist() == [[3, 0], [4, 1], [5, 2]]
 
 
-def test_broken_exif_does_not_cost_the_image(caplog):
-    content = encoded(make_picture(), "PNG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff garbage")
+def test_broken_exif_costs_a_log_line_not_the_image(caplog):
+    content = encoded(make_picture(), "PNG", exif=b"Exif\x00\x00no TIFF header")
     assert_same_pixels(open_image(content), make_picture())
+    assert "unreadable EXIF" in caplog.text
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
