@@ -33,9 +33,9 @@ class Conversation:
 
 
 def read_llava_json(path: str | Path, image_root: str | Path | None = None) -> list[Conversation]:
-    """Read a LLaVA instruction file: a JSON list of rows with `conversations` and, optionally, `image`.
+    r"""Read a LLaVA instruction file: a JSON list of rows with `conversations` and, optionally, `image`.
 
-    A row looks like `{"id": "7", "image": "7.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is
+    A row looks like `{"id": "7", "image": "7.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat is
     this?"}, {"from": "gpt", "value": "A dog."}]}`. `image` may be a list; `<image>` may stand anywhere in a human turn;
     a row without images is text only. Answers are stripped of surrounding white space, as chat templates do.
 

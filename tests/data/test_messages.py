@@ -48,7 +48,7 @@ def test_reads_all_shapes_of_rows(write, tmp_path):
 def test_images_are_looked_up_under_the_given_root(write, tmp_path):
     path = write(row())
     (tmp_path / "images").mkdir()
-    with pytest.raises(InputError, match="images/star.png' does not exist"):
+    with pytest.raises(InputError, match=r"images/star\.png' does not exist"):
         read_llava_json(path, tmp_path / "images")
 
 
