@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from sf_mllm.errors import InputError, nearest
+from sf_mllm.errors import InputError, first_line, nearest
 
 ConfigT = TypeVar("ConfigT")
 
@@ -38,7 +38,7 @@ def load_run_config(schema: type[ConfigT], path: str | Path, overrides: Sequence
     try:
         from_file = OmegaConf.load(path)
     except Exception as error:  # YAML parse errors come in several types
-        raise InputError(f"Config file '{path}' is not valid YAML: {_first_line(error)}.") from error
+        raise InputError(f"Config file '{path}' is not valid YAML: {first_line(error)}.") from error
     if not isinstance(from_file, DictConfig):
         raise InputError(f"Config file '{path}' must hold a mapping of keys to values at its top level.")
     layers = [(f"Config file '{path}'", from_file)]
@@ -49,7 +49,7 @@ def load_run_config(schema: type[ConfigT], path: str | Path, overrides: Sequence
         try:
             layers.append((f"Override '{override}'", OmegaConf.from_dotlist([override])))
         except Exception as error:
-            raise InputError(f"Override '{override}' cannot be read: {_first_line(error)}.") from error
+            raise InputError(f"Override '{override}' cannot be read: {first_line(error)}.") from error
 
     config = OmegaConf.structured(schema)
     for origin, values in layers:
@@ -66,7 +66,7 @@ def load_run_config(schema: type[ConfigT], path: str | Path, overrides: Sequence
             ) from error
         except OmegaConfBaseException as error:
             key = f" for key '{error.full_key}'" if error.full_key else ""
-            raise InputError(f"{origin}: bad value{key}: {_first_line(error)}.") from error
+            raise InputError(f"{origin}: bad value{key}: {first_line(error)}.") from error
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise InputError(f"Config file '{path}' leaves required keys without a value: {', '.join(missing)}.")
@@ -99,7 +99,3 @@ def write_text_atomically(path: str | Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -20,6 +20,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's message without its full stop, to be quoted in a sentence of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 def report_input_errors(command: Callable[..., int]) -> Callable[..., int]:
     """Make a command print an `InputError` as one line and return exit status 2."""
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sf_mllm.errors import InputError
+from sf_mllm.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -64,21 +64,21 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
         except Image.DecompressionBombError as error:
             raise InputError(_too_large(name)) from error
         except Exception as error:  # a broken header can surface as almost any type
-            raise InputError(f"{name} has a damaged header: {_reason(error)}.") from error
+            raise InputError(f"{name} has a damaged header: {first_line(error)}.") from error
         if pixels > MAX_PIXELS:
             raise InputError(_too_large(name, image.size))
         try:
             image.load()
             return _to_rgb(_upright(image, name))
         except Exception as error:  # so can a broken body
-            raise InputError(f"{name} is damaged or incomplete and cannot be decoded: {_reason(error)}.") from error
+            raise InputError(f"{name} is damaged or incomplete and cannot be decoded: {first_line(error)}.") from error
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except Exception as error:  # unreadable metadata say nothing about the pixels
-        logger.warning("%s has unreadable EXIF data (%s); taken as upright.", name, _reason(error))
+        logger.warning("%s has unreadable EXIF data (%s); taken as upright.", name, first_line(error))
         return image
 
 
@@ -104,7 +104,3 @@ def _too_large(name: str, size: tuple[int, int] | None = None) -> str:
     actual = f" ({size[0]}x{size[1]})" if size else ""
     limit = MAX_PIXELS // 1_000_000
     return f"{name} is too large{actual}: at most {limit} million pixels are accepted; scale it down first."
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().rstrip(".") or type(error).__name__
