@@ -10,7 +10,7 @@ from sf_mllm.data.scene_language import (
     SceneObject,
     describe,
     noun_phrase,
-    orderedordered_pairs,
+    ordered_pairs,
     plural,
     refer,
     relations_between,
@@ -160,7 +160,9 @@ def _ask_attribute(kind: str) -> Callable[[Sequence[SceneObject], random.Random]
 
 
 def _ask_count(objects: Sequence[SceneObject], rng: random.Random) -> SceneQuestion:
-    attributes = rng.choice(((), ("color",), ("shape",), ("size",), ("color", "shape"), ("size", "color")))
+    attributes: tuple[str, ...] = rng.choice(
+        ((), ("color",), ("shape",), ("size",), ("color", "shape"), ("size", "color"))
+    )
     conditions = {name: getattr(rng.choice(objects), name) for name in attributes}  # from two objects: may be none
     if conditions and rng.random() < 0.1:
         conditions[attributes[0]] = rng.choice({"color": COLORS, "shape": SHAPES, "size": SIZES}[attributes[0]])

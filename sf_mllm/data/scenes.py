@@ -150,7 +150,7 @@ def _export_chunk(
 
     scenes = sample_scenes(torch.tensor(list(indices)), config)
     pixels = render(scenes, config.image_size).permute(0, 2, 3, 1).contiguous().numpy()
-    options = {"quality": 95, "subsampling": 0} if image_format == "jpeg" else {}
+    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if image_format == "jpeg" else {}
     rows = []
     for index, objects, image in zip(indices, objects_of(scenes), pixels, strict=True):
         name = f"{index:06d}{_SUFFIXES[image_format]}"
