@@ -1,0 +1,218 @@
+"""SparseFormer encoder: stem -> focusing -> cortex -> norm and projection."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import can_return_tuple
+from typing_extensions import Self
+
+from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
+from sf_mllm.encoder.cortex import CortexBlock
+from sf_mllm.encoder.focusing import FocusingStage, drop_path_rates
+from sf_mllm.encoder.focusing_v1 import FocusingStageV1
+from sf_mllm.encoder.mixing import AdaptiveMixing, AdaptiveMixingV1
+from sf_mllm.encoder.sampler import InitialLatents, RoiAdjustment, RoiAdjustmentV1, RoiSampler, start_at_zero
+from sf_mllm.encoder.stem import Stem
+from sf_mllm.encoder.strict_loading import StrictLoadingMixin
+from sf_mllm.encoder.weights_vit import InheritanceReport, describe_vit, inherit_weights, size_for_vit
+from sf_mllm.ops.roi import ROI_LAYOUTS
+
+FOCUSING_STAGES: dict[str, type[nn.Module]] = {"bootstrapped": FocusingStage, "v1": FocusingStageV1}
+
+
+@dataclass
+class SparseFormerOutput(ModelOutput):
+    """Output of `SparseFormerModel`; the same fields whatever the model.
+
+    Attributes:
+        last_hidden_state: [B, N(+1), D], tokens after the final norm, class token first where there is one.
+        pooler_output: [B, projection_size], for CLIP models the (not normalised) embedding of the image.
+        rois: [B, steps, N, 4], fp32, (x1, y1, x2, y2) relative to the image: the initial RoIs, then one entry per
+            adjustment. They may leave the image.
+        hidden_states: on request, cortex input and the output of every cortex block, [B, N(+1), D] each, the last one
+            normalised: `hidden_states[-1]` is `last_hidden_state`.
+        sampling_points: on request, one [B, N, P, 2] per sampling, fp32, (x, y) relative to the image.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    rois: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    sampling_points: tuple[Tensor, ...] | None = None
+
+
+class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
+    """Image encoder with a fixed number of tokens, each with a region of interest that moves over the image.
+
+    Example:
+        >>> model = SparseFormerModel(SparseFormerConfig.from_name("sparseformer_btsp_openai_clip_base"))
+        >>> model(torch.randn(1, 3, 224, 320)).last_hidden_state.shape
+        torch.Size([1, 49, 768])
+    """
+
+    config_class = SparseFormerConfig
+    base_model_prefix = "sparseformer"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    # Attention over at most a few hundred tokens always runs through PyTorch's SDPA, which picks the kernel itself, so
+    # whatever implementation a user asks for the language model is fine here.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _no_split_modules = ["FocusingBlock", "FocusingBlockV1", "SamplingBlock", "CortexBlock"]
+    _keep_in_fp32_modules_strict = {"rois"}
+
+    def __init__(self, config: SparseFormerConfig) -> None:
+        super().__init__(config)
+        rates = drop_path_rates(config)[config.focusing_repeats + 1 :]
+        self.stem = Stem(config.stem_channels)
+        self.initial = InitialLatents(config.num_latents, config.focusing_size, config.shared_latent_embedding)
+        self.focusing = FOCUSING_STAGES[config.family](config)
+        self.cls_token = nn.Parameter(torch.empty(1, config.hidden_size)) if config.use_cls_token else None
+        self.cortex = nn.ModuleList(
+            CortexBlock(
+                config.hidden_size,
+                config.num_attention_heads,
+                config.intermediate_size,
+                config.hidden_act,
+                config.layer_norm_eps,
+                rate,
+            )
+            for rate in rates
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.projection = (
+            nn.Linear(config.hidden_size, config.projection_size, bias=config.projection_bias)
+            if config.projection_size is not None
+            else nn.Identity()
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_sampling_points: bool = False,
+    ) -> SparseFormerOutput:
+        """Encode images.
+
+        Args:
+            pixel_values: [B, 3, H, W], normalised; any height and width, any floating dtype.
+            output_hidden_states: fill `hidden_states`. Layer numbers, which transformers' LLaVA passes, mean yes.
+            output_sampling_points: fill `sampling_points`.
+
+        Raises:
+            ValueError: `pixel_values` is not [B, 3, H, W].
+        """
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"pixel_values must be [batch, 3, height, width], got {tuple(pixel_values.shape)}.")
+        features = self.stem(pixel_values.to(self.stem.conv.weight.dtype))
+        latents, rois = self.initial(len(pixel_values))
+        latents, all_rois, all_points = self.focusing(features, latents, rois)
+
+        tokens = latents
+        if self.cls_token is not None:
+            tokens = torch.cat([self.cls_token.expand(len(latents), 1, -1).to(latents.dtype), latents], dim=1)
+        states = [tokens]
+        for block in self.cortex:
+            tokens = block(tokens)
+            states.append(tokens)
+        normed = self.norm(tokens)
+        states[-1] = normed
+
+        wants_states = output_hidden_states is not None and output_hidden_states is not False
+        return SparseFormerOutput(
+            last_hidden_state=normed,
+            pooler_output=self.projection(self.pool(tokens, normed)),
+            rois=torch.stack(all_rois, dim=1),
+            hidden_states=tuple(states) if wants_states else None,
+            sampling_points=tuple(all_points) if output_sampling_points else None,
+        )
+
+    def pool(self, tokens: Tensor, normed: Tensor) -> Tensor:
+        """Reduce tokens before and after the final norm, both [B, N(+1), D], to [B, D] as `config.pooling` says."""
+        if self.config.pooling == "cls":
+            return normed[:, 0]
+        first_latent = int(self.config.use_cls_token)
+        if self.config.pooling == "norm_then_mean":
+            return normed[:, first_latent:].mean(dim=1)
+        return self.norm(tokens[:, first_latent:].mean(dim=1))
+
+    def get_input_embeddings(self) -> None:
+        """Return None: there is no embedding of inputs, and activation checkpointing must not hook the stem."""
+        return None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, InitialLatents):
+            init.trunc_normal_(module.embedding, std=1.0, a=-2.0, b=2.0)
+            init.copy_(module.rois, ROI_LAYOUTS[self.config.initial_roi_layout](self.config.num_latents))
+        elif isinstance(module, FocusingStage) and module.stage_embedding is not None:
+            init.normal_(module.stage_embedding)
+        elif isinstance(module, AdaptiveMixing | AdaptiveMixingV1):
+            module.reset_generator()
+            if isinstance(module, AdaptiveMixingV1):
+                init.zeros_(module.channel_bias)
+                init.zeros_(module.point_bias)
+        elif isinstance(module, RoiSampler):
+            module.reset_offsets()
+        elif isinstance(module, RoiAdjustment | RoiAdjustmentV1):
+            start_at_zero(module.norm, module.out)
+        elif isinstance(module, SparseFormerModel) and module.cls_token is not None:
+            init.normal_(module.cls_token)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Load an encoder directory, or the vision tower of a LLaVA-style directory.
+
+        Raises:
+            InputError: keys are missing, left over or of another shape.
+        """
+        saved, _ = SparseFormerConfig.get_config_dict(pretrained_model_name_or_path)
+        if "vision_config" in saved:
+            kwargs.setdefault("key_mapping", {r"^model\.vision_tower\.": ""})
+            kwargs.setdefault("ignored_key_prefixes", ("model.", "lm_head."))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def from_vit(
+        cls, teacher: nn.Module, *, start_from_class_token: bool = True, **overrides: Any
+    ) -> tuple[Self, InheritanceReport]:
+        """Build a student that inherits the last blocks, the final norm and the projection of a ViT.
+
+        Args:
+            teacher: an open_clip CLIP model, its `visual`, or a timm `VisionTransformer`.
+            start_from_class_token: start the class token from the teacher's (with its position, after its pre-norm)
+                instead of noise.
+            **overrides: fields of `SparseFormerConfig` that do not follow the teacher, for example `num_latents`,
+                `num_hidden_layers`, `focusing_size`.
+
+        Returns:
+            The student, in training mode, and a report of what was copied, what is new, what was left out.
+
+        Raises:
+            InputError: the teacher has a part that cannot be inherited, or an override contradicts the teacher.
+        """
+        description = describe_vit(teacher)
+        model = cls(SparseFormerConfig(**size_for_vit(description, overrides)))
+        report = inherit_weights(model, description, start_from_class_token=start_from_class_token)
+        return model.train(), report

@@ -1,0 +1,134 @@
+"""Where a token looks: sampling points and RoI adjustments, both predicted in fp32."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sf_mllm.ops.roi import points_in_rois
+from sf_mllm.ops.sampling import sample_points
+
+
+def predict_in_fp32(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Apply a linear layer without bias in fp32, under autocast and in a bf16 model too: its outputs are coordinates."""
+    with _autocast_off(tokens.device.type):
+        return F.linear(tokens.float(), weight.float())
+
+
+def _autocast_off(device_type: str) -> AbstractContextManager:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+@torch.no_grad()
+def start_at_zero(norm: nn.LayerNorm, last: nn.Linear) -> None:
+    """Initialise a prediction head so that it predicts zero; its norm gives vectors of unit length."""
+    nn.init.constant_(norm.weight, 1 / math.sqrt(norm.normalized_shape[0]))
+    nn.init.zeros_(last.weight)
+
+
+class RoiSampler(nn.Module):
+    """Reads P points of the feature map inside each token's RoI.
+
+    Args:
+        width: D, of the tokens.
+        num_points: P.
+        eps: of the norm.
+        padding_mode: what a point outside the image reads.
+    """
+
+    def __init__(self, width: int, num_points: int, eps: float, padding_mode: str) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.offsets = nn.Linear(width, 2 * num_points, bias=False)
+        self.shared_offsets = nn.Parameter(torch.zeros(num_points, 2))
+        self.padding_mode = padding_mode
+
+    def forward(self, features: Tensor, latents: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
+        """Sample for tokens [B, N, D].
+
+        Args:
+            features: [B, C, H, W].
+            latents: [B, N, D].
+            rois: [B, N, 4].
+
+        Returns:
+            Sampled features [B, N, P, C] and the points [B, N, P, 2], relative to the image.
+        """
+        offsets = predict_in_fp32(self.norm(latents), self.offsets.weight).unflatten(-1, (-1, 2))
+        points = points_in_rois(rois, offsets + self.shared_offsets.float())
+        return sample_points(features, points, padding_mode=self.padding_mode), points
+
+    @torch.no_grad()
+    def reset_offsets(self) -> None:
+        """Start with a regular grid of points (x fastest) for a square P, else with uniform points; same for all."""
+        start_at_zero(self.norm, self.offsets)
+        num_points = len(self.shared_offsets)
+        rows = math.isqrt(num_points)
+        if rows**2 == num_points:
+            cells = (torch.arange(rows) + 0.5) / rows - 0.5
+            grid = torch.cartesian_prod(cells, cells).flip(-1)
+            self.shared_offsets.copy_(grid)
+        else:
+            nn.init.uniform_(self.shared_offsets, -0.5, 0.5)
+
+
+class RoiAdjustment(nn.Module):
+    """Predicts RoI deltas with a hidden layer (bootstrapped family)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.hidden = nn.Linear(width, width)
+        self.out = nn.Linear(width, 4, bias=False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Predict [B, N, 4], fp32, from tokens [B, N, D]."""
+        return predict_in_fp32(F.gelu(self.hidden(self.norm(latents))), self.out.weight)
+
+
+class RoiAdjustmentV1(nn.Module):
+    """Predicts RoI deltas with one linear layer (v1 family)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.out = nn.Linear(width, 4, bias=False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Predict [B, N, 4], fp32, from tokens [B, N, D]."""
+        return predict_in_fp32(self.norm(latents), self.out.weight)
+
+
+class InitialLatents(nn.Module):
+    """Learned start of the latent tokens and of their RoIs.
+
+    Args:
+        num_latents: N.
+        width: D of the focusing block.
+        shared_embedding: one embedding for all tokens.
+    """
+
+    def __init__(self, num_latents: int, width: int, shared_embedding: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(1 if shared_embedding else num_latents, width))
+        self.rois = nn.Parameter(torch.empty(num_latents, 4))
+
+    def forward(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Return tokens [B, N, D] and RoIs [B, N, 4] (fp32)."""
+        latents = self.embedding.expand(batch_size, len(self.rois), -1)
+        return latents, self.rois.float().expand(batch_size, -1, -1)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]  # torch's own signature
+        # `model.to(torch.bfloat16)` must not round the RoIs: eight bits are a quarter of a feature pixel.
+        rois = self.rois
+
+        def keep_rois_fp32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            is_rois = tensor is rois or tensor is rois.data or tensor is rois.grad
+            return tensor.to(moved.device) if is_rois and moved.dtype != tensor.dtype else moved
+
+        return super()._apply(keep_rois_fp32, recurse)
