@@ -1,0 +1,1 @@
+"""Command-line chat: `python -m sf_mllm.cli`."""
