@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Makes an environment if none is active, then lets the shipped model answer a question about the shipped image.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+sf_python
+
+image="$SF_ROOT/sf_mllm/demo_model/example.png"
+question="How many objects are there?"
+echo "image:    $image"
+echo "question: $question"
+printf 'answer:   '
+SECONDS=0
+"$PYTHON" -m sf_mllm.cli --image "$image" --prompt "$question" --verbose
+echo "time:     $SECONDS s, start of Python and loading of the model included"
