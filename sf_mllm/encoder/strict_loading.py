@@ -1,5 +1,7 @@
-"""Make `from_pretrained` strict: a checkpoint that does not fit exactly is refused, not completed with random weights."""
+"""Make `from_pretrained` strict: weights that do not fit exactly are refused, not completed with random ones."""
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 from typing_extensions import Self
@@ -22,22 +24,43 @@ class StrictLoadingMixin:
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
-        unexpected = [key for key in info["unexpected_keys"] if not key.startswith(tuple(ignored_prefixes))]
-        problems = [
-            f"{len(keys)} {what} ({_some(keys)})"
-            for what, keys in (
-                ("missing keys", info["missing_keys"]),
-                ("unexpected keys", unexpected),
-                ("keys of another shape", [str(entry) for entry in info["mismatched_keys"]]),
-            )
-            if keys
-        ]
-        if problems:
-            raise InputError(
-                f"The weights in '{pretrained_model_name_or_path}' do not fit a {cls.__name__}: {'; '.join(problems)}. "
-                "Check that config.json and the weights belong together."
-            )
+        refuse_misfit(cls.__name__, pretrained_model_name_or_path, info, ignored_prefixes)
         return (model, info) if with_info else model
+
+
+def refuse_misfit(
+    class_name: str, path: str | os.PathLike[str], loading_info: dict[str, Any], ignored_prefixes: Sequence[str] = ()
+) -> None:
+    """Raise if a checkpoint did not fit its model exactly.
+
+    Args:
+        class_name: of the model, for the message.
+        path: of the checkpoint, for the message.
+        loading_info: what `from_pretrained(..., output_loading_info=True)` returns beside the model.
+        ignored_prefixes: keys of the checkpoint that start so may be left over.
+
+    Raises:
+        InputError: keys are missing, left over or of another shape; names them.
+    """
+    unexpected = [key for key in loading_info["unexpected_keys"] if not key.startswith(tuple(ignored_prefixes))]
+    other_shape = [
+        f"{key} is {list(found)} instead of {list(expected)}"
+        for key, found, expected in loading_info["mismatched_keys"]
+    ]
+    problems = [
+        f"{len(keys)} {what} ({_some(keys)})"
+        for what, keys in (
+            ("missing keys", loading_info["missing_keys"]),
+            ("unexpected keys", unexpected),
+            ("keys of another shape", other_shape),
+        )
+        if keys
+    ]
+    if problems:
+        raise InputError(
+            f"The weights in '{path}' do not fit a {class_name}: {'; '.join(problems)}; "
+            "check that config.json and the weights belong together."
+        )
 
 
 def _some(keys: Any, limit: int = 4) -> str:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from sf_mllm.assets import resolve_demo
+from sf_mllm.encoder.strict_loading import refuse_misfit
 from sf_mllm.errors import InputError, first_line, nearest
 from sf_mllm.registration import register_auto_classes
 
@@ -53,18 +54,20 @@ def load_model(
             dtype=torch_dtype,
             use_safetensors=True,
             local_files_only=True,
-            ignore_mismatched_sizes=True,  # reported below, with the other differences
+            ignore_mismatched_sizes=True,  # refused below, with the other differences
             output_loading_info=True,
         )
+    except InputError:
+        raise
     except SafetensorError as error:
         raise InputError(f"Weights in '{directory}' are damaged: {first_line(error)}; copy them again.") from error
     except (OSError, ValueError) as error:
         raise InputError(f"Model in '{directory}' cannot be loaded: {first_line(error)}.") from error
     model, report = loaded
-    _check_report(directory, report)
+    refuse_misfit(type(model).__name__, directory, report)
     try:
         processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a broken file makes transformers' readers stumble in many ways
         raise InputError(
             f"Tokenizer or image settings in '{directory}' cannot be loaded: {first_line(error)}."
         ) from error
@@ -168,22 +171,3 @@ def _check_files(directory: Path) -> None:
     processors = ("processor_config.json", "preprocessor_config.json")
     if not any((directory / name).is_file() for name in processors):
         raise InputError(f"Model directory '{directory}' has no image settings (one of {', '.join(processors)}).")
-
-
-def _check_report(directory: Path, report: dict[str, Any]) -> None:
-    different = [
-        f"{name} is {list(found)} instead of {list(expected)}"
-        for name, found, expected in sorted(report["mismatched_keys"])
-    ]
-    problems = (
-        ("of another shape than config.json says", different),
-        ("missing", sorted(report["missing_keys"])),
-        ("unknown to this model", sorted(report["unexpected_keys"])),
-    )
-    for what, names in problems:
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise InputError(
-                f"Weights in '{directory}' do not fit its config.json: {len(names)} tensor(s) {what}: "
-                f"{'; '.join(names[:3])}{more}."
-            )
