@@ -1,0 +1,1 @@
+"""Encoder, projector and language model as one transformers LLaVA."""

@@ -1,0 +1,79 @@
+"""Which weights of an SFLlava train: low-rank adapters in the language model, the projector whole, nothing else."""
+
+from collections.abc import Iterable
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from sf_mllm.errors import InputError
+from sf_mllm.vlm.modeling_sf_llava import SFLlavaForConditionalGeneration
+
+# Anchored at the language model: plain suffixes would hit layers of the vision tower too. The names cover the Llama,
+# Qwen, Mistral, Gemma and SmolLM families, and Phi's fused layers.
+LORA_TARGETS = (
+    r".*\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|qkv_proj|gate_up_proj)"
+)
+PROJECTOR = "multi_modal_projector"
+
+
+def add_adapters(model: SFLlavaForConditionalGeneration, *, rank: int, alpha: int, dropout: float) -> PeftModel:
+    """Freeze a model, put LoRA on its language model and let the projector train.
+
+    The trained weights are float32 whatever the dtype of the frozen ones. Call `transformers.set_seed` first: LoRA
+    starts from random weights.
+
+    Args:
+        model: changed in place.
+        rank: of the low-rank update.
+        alpha: the update is scaled by alpha / rank.
+        dropout: before the update, in training.
+
+    Raises:
+        InputError: the language model has no layer of a known name.
+    """
+    if rank < 1:
+        raise InputError(f"The LoRA rank must be at least 1, got {rank}.")
+    model.model.multi_modal_projector.float()  # PEFT keeps its trained copy in the dtype it finds
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=LORA_TARGETS,
+        modules_to_save=[PROJECTOR],
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        if "Target modules" not in str(error):
+            raise
+        raise InputError(
+            f"The decoder, a {type(model.model.language_model).__name__}, has no layers of the names that LoRA is put "
+            f"on: {LORA_TARGETS}."
+        ) from error
+
+
+def trained_parameter_groups(
+    model: nn.Module, *, learning_rate: float, projector_learning_rate: float, weight_decay: float
+) -> list[dict]:
+    """Return optimizer groups: projector and LoRA with a rate each, weight decay on matrices only."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def group(parameters: Iterable[nn.Parameter], rate: float, decay: float) -> dict:
+        return {"params": list(parameters), "lr": rate, "weight_decay": decay}
+
+    groups = []
+    for is_projector, rate in ((True, projector_learning_rate), (False, learning_rate)):
+        members = [parameter for name, parameter in trained if (PROJECTOR in name) == is_projector]
+        groups.append(group((p for p in members if p.dim() >= 2), rate, weight_decay))
+        groups.append(group((p for p in members if p.dim() < 2), rate, 0.0))
+    return [entry for entry in groups if entry["params"]]
+
+
+def merge_adapters(model: PeftModel) -> SFLlavaForConditionalGeneration:
+    """Fold the adapters into the language model and return the plain model; `model` must not be used afterwards."""
+    with torch.no_grad():
+        merged = model.merge_and_unload()
+    assert isinstance(merged, SFLlavaForConditionalGeneration)
+    return merged

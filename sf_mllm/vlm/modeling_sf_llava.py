@@ -1,0 +1,141 @@
+"""SparseFormer encoder + projector + language model: a thin subclass of transformers' LLaVA.
+
+Merging of visual tokens, loss and generation are transformers'. Ours are the tower and what it needs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel
+from transformers.models.llava.modeling_llava import (
+    LlavaModelOutputWithPast,
+    LlavaMultiModalProjector,
+    LlavaPreTrainedModel,
+)
+from typing_extensions import Self
+
+from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel, SparseFormerOutput
+from sf_mllm.encoder.strict_loading import StrictLoadingMixin
+from sf_mllm.vlm.configuration_sf_llava import SFLlavaConfig
+
+
+class SFLlavaModel(LlavaModel):
+    """The multimodal model without its language head."""
+
+    config: SFLlavaConfig
+
+    def __init__(self, config: SFLlavaConfig) -> None:
+        # LlavaModel's constructor would look the tower up in AutoModel, where another copy of the class may be
+        # registered; the tower is built from our own class instead.
+        LlavaPreTrainedModel.__init__(self, config)
+        self.vision_tower = SparseFormerModel._from_config(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> SparseFormerOutput:
+        """Encode and project images.
+
+        Args:
+            pixel_values: [I, 3, H, W], normalised; any floating dtype.
+            **kwargs: LLaVA's choices of layer and tokens, which the configuration fixes here.
+
+        Returns:
+            The tower's output (with `rois`), where `pooler_output` is now a list of I tensors
+            [image_seq_length, E], which is where transformers looks for features.
+        """
+        # A frozen tower needs no graph, even where activation checkpointing asks its inputs to carry gradients.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._is_tower_frozen()):
+            output: Any = self.vision_tower(pixel_values.to(self.vision_tower.dtype))
+        tokens = output.last_hidden_state.to(self.multi_modal_projector.linear_1.weight.dtype)
+        output.pooler_output = list(self.multi_modal_projector(tokens))
+        return output
+
+    def get_placeholder_mask(self, input_ids: Any, inputs_embeds: Any, image_features: Any) -> Tensor:
+        """Return LLaVA's mask of positions that take visual tokens, after checking their number.
+
+        Args:
+            input_ids: [B, T], or None where only embeddings are given.
+            inputs_embeds: [B, T, E].
+            image_features: [I * image_seq_length, E].
+
+        Returns:
+            [B, T, 1], bool.
+
+        Raises:
+            ValueError: the text holds another number of image tokens than the images give.
+        """
+        if input_ids is not None and not torch.compiler.is_compiling():
+            placeholders = int((input_ids == self.config.image_token_id).sum())
+            features, per_image = len(image_features), self.vision_tower.config.num_tokens
+            if placeholders != features:
+                raise ValueError(
+                    f"{features // per_image} images give {features} features but the text holds {placeholders} image "
+                    f"tokens; one image needs {per_image}, check the processor's tokens per image."
+                )
+        return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> LlavaModelOutputWithPast:
+        """Run LLaVA's forward; a training batch without images still touches every trained parameter.
+
+        Distributed training waits for the gradients of the projector on every rank: a rank whose batch is text only
+        would leave the others waiting for ever. One blank image, multiplied by zero, gives it gradients of zero.
+        """
+        if self.training and pixel_values is None and past_key_values is None:
+            if inputs_embeds is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+                input_ids = None
+            blank = inputs_embeds.new_zeros(1, 3, 32, 32)
+            features: Any = self.get_image_features(blank).pooler_output
+            inputs_embeds = inputs_embeds + 0.0 * torch.cat(features).sum().to(inputs_embeds.dtype)
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode; a frozen tower stays in evaluation mode, without stochastic depth."""
+        super().train(mode)
+        if self._is_tower_frozen():
+            self.vision_tower.eval()
+        return self
+
+    def _is_tower_frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+
+
+class SFLlavaForConditionalGeneration(StrictLoadingMixin, LlavaForConditionalGeneration):
+    """Answers in text to images and text.
+
+    Example:
+        >>> register_auto_classes()
+        >>> model = AutoModelForImageTextToText.from_pretrained(directory)
+        >>> processor = AutoProcessor.from_pretrained(directory)
+        >>> turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+        >>> prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
+        >>> model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
+    """
+
+    config: SFLlavaConfig
+
+    def __init__(self, config: SFLlavaConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = SFLlavaModel(config)
+        text_config = config.get_text_config()
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.post_init()
