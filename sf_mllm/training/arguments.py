@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from sf_mllm.errors import InputError, nearest
+from sf_mllm.errors import InputError, first_line, nearest
 
 _SET_BY_THE_RUN = {
     "output_dir": "set output_dir at the top level",
@@ -18,6 +18,8 @@ _SET_BY_THE_RUN = {
     "remove_unused_columns": "the data reaches the model whole",
     "push_to_hub": "upload the saved directory instead",
 }
+_SIMPLE_KINDS = (bool, int, float, str)
+"""Field types that transformers does not check itself before training starts."""
 
 
 def make_training_arguments(train: dict[str, Any], checkpoints: str | Path, seed: int) -> TrainingArguments:
@@ -40,9 +42,9 @@ def make_training_arguments(train: dict[str, Any], checkpoints: str | Path, seed
                 f"train.{key} is not a field of transformers.TrainingArguments.{nearest(key, fields)} "
                 "Remove it or correct its name."
             )
-        if not _is_of_kind(value, fields[key].default):
-            kind = type(fields[key].default).__name__
-            raise InputError(f"train.{key}={value!r} has the wrong type; give a value of type {kind}.")
+        kind = fields[key].type
+        if kind in _SIMPLE_KINDS and not _is_of_kind(value, kind):
+            raise InputError(f"train.{key}={value!r} has the wrong type; give a value of type {kind.__name__}.")
     if not {"max_steps", "num_train_epochs"} & train.keys():
         raise InputError("The section 'train' does not say how long to train; set train.max_steps or num_train_epochs.")
 
@@ -65,16 +67,11 @@ def make_training_arguments(train: dict[str, Any], checkpoints: str | Path, seed
             remove_unused_columns=False,
         )
     except (ValueError, TypeError, ImportError) as error:
-        first_line = str(error).strip().splitlines()[0].rstrip(".")
-        raise InputError(f"The section 'train' is refused by transformers: {first_line}.") from error
+        raise InputError(f"The section 'train' is refused by transformers: {first_line(error)}.") from error
 
 
-def _is_of_kind(value: Any, default: Any) -> bool:
-    """Whether a YAML value suits a field whose default is a bool or a number; other fields check themselves."""
-    if isinstance(default, bool):
-        return isinstance(value, bool)
-    if isinstance(default, int):
-        return isinstance(value, int) and not isinstance(value, bool)
-    if isinstance(default, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return True
+def _is_of_kind(value: Any, kind: type) -> bool:
+    """Whether a YAML value suits a simple field: a whole number is a float too, a truth value is no number."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
 
 from sf_mllm.config import write_text_atomically
 from sf_mllm.training.run_folder import RunFolder
@@ -24,7 +25,8 @@ def report_progress(trainer: Trainer, run: RunFolder) -> None:
 
 
 def configure_logging() -> None:
-    """Show this package's log lines on stderr; for entry points only."""
+    """Show this package's log lines on stderr, without bars between them; for entry points only."""
+    disable_progress_bar()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sf_mllm").setLevel(logging.INFO)
 

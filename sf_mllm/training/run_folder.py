@@ -130,7 +130,11 @@ class RunFolder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Write `run.json` at the start and, with outcome, time and memory, at the end of the block."""
+        """Write `run.json` at the start and, with outcome, time and memory, at the end of the block.
+
+        Raises:
+            InputError: as raised in the block; one that crossed from a data loader's worker becomes one sentence again.
+        """
         began = time.monotonic()
         last_checkpoint = self.find_last_checkpoint()
         start = {"at": _now(), "resumed_from": Path(last_checkpoint).name if last_checkpoint else None}
@@ -146,6 +150,10 @@ class RunFolder:
         try:
             yield
             outcome = "complete"
+        except InputError as error:
+            sentence = _strip_worker_traceback(str(error))
+            outcome = f"failed: {sentence}"
+            raise InputError(sentence) from error
         except Exception as error:
             outcome = f"failed: {type(error).__name__}: {error}"
             raise
@@ -200,6 +208,11 @@ def write_directory_atomically(target: str | Path) -> Iterator[Path]:
 def is_main_process() -> bool:
     """Whether this process writes the records; right before the process group exists, too (torchrun sets RANK)."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def _strip_worker_traceback(message: str) -> str:
+    """Return the original message of an exception that torch carried over from a data loader's worker."""
+    return message.strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
 
 
 def _read_global_step(checkpoint: Path) -> int | None:

@@ -1,0 +1,45 @@
+"""Stage one: make a SparseFormer encoder from a CLIP ViT.
+
+python -m sf_mllm.training.bootstrap CONFIG.yaml [key=value ...]
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sf_mllm.errors import report_input_errors
+
+
+@report_input_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the command line, train, return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sf_mllm.training.bootstrap",
+        description="Compress a CLIP ViT into a SparseFormer encoder, from unlabelled images. The same command again "
+        "resumes a run that was interrupted.",
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", help="run configuration, see configs/bootstrap/")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="overrides, for example output_dir=runs/mine data.images=/path/to/images train.max_steps=1000",
+    )
+    options = parser.parse_args(argv)
+
+    # The heavy imports come after parsing, so that --help and a mistyped option answer at once.
+    from sf_mllm.config import load_run_config
+    from sf_mllm.training.bootstrap_config import BootstrapConfig
+
+    config = load_run_config(BootstrapConfig, options.config, options.overrides)
+
+    from sf_mllm.training.bootstrap_run import run_bootstrap
+    from sf_mllm.training.progress import configure_logging
+
+    configure_logging()
+    run_bootstrap(config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

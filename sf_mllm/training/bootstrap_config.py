@@ -1,0 +1,104 @@
+"""Settings of a bootstrap run; imports nothing heavy."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from sf_mllm.errors import InputError, nearest
+
+TEACHER_SOURCES = ("open_clip", "timm")
+
+
+@dataclass
+class TeacherConfig:
+    """Which model is compressed."""
+
+    model: str = MISSING
+    """A model name of the source, "local-dir:PATH", "hf-hub:OWNER/NAME", or "demo:clip", the one that ships."""
+    source: str = "open_clip"
+    """open_clip or timm."""
+    pretrained: str | None = None
+    """Tag of published weights or a local file; not needed with a directory or a hub repository."""
+    allow_random: bool = False
+    """Accept a teacher without weights; for tests of the pipeline only."""
+
+
+@dataclass
+class StudentConfig:
+    """How the student differs from its teacher."""
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of SparseFormerConfig that do not follow from the teacher: num_latents, num_hidden_layers, ..."""
+    start_from_class_token: bool = True
+    """Start the student's class token from the teacher's."""
+    trained_cortex_blocks: int | None = None
+    """First inherited blocks that train; null: those below two thirds of the teacher's depth, as in the paper."""
+
+
+@dataclass
+class DataConfig:
+    """Unlabelled images and how they are cut."""
+
+    images: str = MISSING
+    """A folder, read with its subfolders, or "scenes", the built-in drawings."""
+    scenes_count: int = 2000
+    """Number of built-in scenes to draw, held-out ones included."""
+    resolution: int = 224
+    """Side of the square crops in pixels; the teacher sees the same crop at its own size."""
+    min_crop_area: float = 0.4
+    """Smallest share of an image that a random crop takes; 1 cuts as little as a square allows."""
+    flip: bool = True
+    """Mirror half of the crops."""
+    held_out: int = 256
+    """Images kept out of training, to measure agreement with the teacher on."""
+    max_unreadable_share: float = 0.01
+    """A run stops when more than this share of its files cannot be decoded; below it they are logged and replaced."""
+
+
+@dataclass
+class LossConfig:
+    """Weights of the losses."""
+
+    embedding: float = 1.0
+    """1 - cosine between the image embeddings."""
+    tokens: float = 1.0
+    """1 - cosine between a latent token and the teacher's features inside its final region."""
+    roi_hinge: float = 0.5
+    """Distance of region edges outside the image, in image sizes."""
+
+
+@dataclass
+class BootstrapConfig:
+    """A bootstrap run."""
+
+    output_dir: str = MISSING
+    """Run folder; the encoder ends up in its subfolder "encoder"."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    inherited_learning_rate: float = 3e-4
+    """Peak rate of inherited cortex blocks; new parts use train.learning_rate."""
+    seed: int = 0
+    """Initial weights, order of the images and augmentation."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """Any fields of transformers.TrainingArguments."""
+
+    def __post_init__(self) -> None:
+        """Check values that do not depend on the teacher or on the data."""
+        if self.teacher.source not in TEACHER_SOURCES:
+            raise InputError(
+                f"teacher.source '{self.teacher.source}' is unknown.{nearest(self.teacher.source, TEACHER_SOURCES)} "
+                f"Allowed: {', '.join(TEACHER_SOURCES)}."
+            )
+        for name, value, is_valid, allowed in (
+            ("data.min_crop_area", self.data.min_crop_area, 0 < self.data.min_crop_area <= 1, "above 0 and at most 1"),
+            ("data.max_unreadable_share", self.data.max_unreadable_share, 0 <= self.data.max_unreadable_share < 1,
+             "at least 0 and below 1"),
+            ("data.resolution", self.data.resolution, self.data.resolution >= 8, "at least 8"),
+            ("data.held_out", self.data.held_out, self.data.held_out >= 1, "at least 1"),
+            ("inherited_learning_rate", self.inherited_learning_rate, self.inherited_learning_rate >= 0, "at least 0"),
+        ):  # fmt: skip
+            if not is_valid:
+                raise InputError(f"{name} must be {allowed}, got {value}.")

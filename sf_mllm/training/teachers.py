@@ -1,0 +1,177 @@
+"""Teachers of the bootstrap stage: open_clip CLIPs and timm ViTs behind one small interface."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import open_clip
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from sf_mllm.assets import resolve_demo
+from sf_mllm.errors import InputError, first_line, nearest
+from sf_mllm.training.bootstrap_config import TeacherConfig
+
+logger = logging.getLogger(__name__)
+
+_DIRECTORY_SCHEMES = ("local-dir:", "hf-hub:")
+"""Prefixes with which open_clip and timm take configuration and weights from one place."""
+
+
+class TeacherOutput(NamedTuple):
+    """`embedding` [B, proj] and the normalised last `feature_map` [B, D, h, w], without class or register tokens."""
+
+    embedding: Tensor
+    feature_map: Tensor
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a teacher's images are made: shorter side to `image_size`, then normalised by `mean` and `std`."""
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class OpenClipTeacher(nn.Module):
+    """Image tower of an open_clip CLIP, frozen."""
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.visual = clip.visual.eval().requires_grad_(False)
+        self.preprocessing = _read_preprocessing(self.visual.preprocess_cfg, self.visual.image_size)
+
+    @property
+    def vit(self) -> nn.Module:
+        """What `SparseFormerModel.from_vit` takes."""
+        return self.visual
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> TeacherOutput:
+        """Encode normalised pixels [B, 3, H, W] of the teacher's own size."""
+        output = self.visual.forward_intermediates(
+            pixel_values, indices=1, normalize_intermediates=True, output_fmt="NCHW"
+        )
+        return TeacherOutput(output["image_features"], output["image_intermediates"][-1])
+
+
+class TimmTeacher(nn.Module):
+    """A timm ViT, frozen; its embedding is what its head returns (the CLIP space for CLIP weights, else the logits)."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        self.vit = vit.eval().requires_grad_(False)
+        self.preprocessing = _read_preprocessing(vit.pretrained_cfg, vit.patch_embed.img_size)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> TeacherOutput:
+        """Encode normalised pixels [B, 3, H, W] of the teacher's own size."""
+        tokens, maps = self.vit.forward_intermediates(pixel_values, indices=1, norm=True, output_fmt="NCHW")
+        # Models that pool by mean keep their one final norm in the head; the student has it before its tokens come out.
+        feature_map = self.vit.fc_norm(maps[-1].movedim(1, -1)).movedim(-1, 1)
+        return TeacherOutput(self.vit.forward_head(tokens), feature_map)
+
+
+Teacher = OpenClipTeacher | TimmTeacher
+
+
+def load_teacher(config: TeacherConfig) -> Teacher:
+    """Build the teacher that a run names, with its weights, in fp32 on the CPU.
+
+    Raises:
+        InputError: the name, the tag or the weights cannot be used; names the nearest valid one where there is one.
+    """
+    if config.pretrained is None and not _brings_its_weights(config.model) and not config.allow_random:
+        raise InputError(
+            f"Teacher '{config.model}' has no weights: set teacher.pretrained to a tag or a local file "
+            "(teacher.allow_random=true takes random weights, for tests)."
+        )
+    load = {"open_clip": _load_open_clip, "timm": _load_timm}[config.source]
+    try:
+        teacher = load(config)
+    except InputError:
+        raise
+    except Exception as error:  # both libraries, their file readers and the hub raise almost any type here
+        raise InputError(
+            f"Teacher '{config.model}' (pretrained={config.pretrained}) cannot be loaded by {config.source}: "
+            f"{first_line(error)}."
+        ) from error
+    if config.pretrained is None and not _brings_its_weights(config.model):
+        logger.warning("The teacher has random weights; its student learns nothing of use.")
+    return teacher
+
+
+def _load_open_clip(config: TeacherConfig) -> OpenClipTeacher:
+    model = _resolve(config.model)
+    if model.startswith(_DIRECTORY_SCHEMES):
+        return OpenClipTeacher(open_clip.create_model(model, require_pretrained=True))
+    _refuse_unknown(model, open_clip.list_models(), "open_clip")
+    if config.pretrained is None:
+        return OpenClipTeacher(open_clip.create_model(model))
+    if not Path(config.pretrained).is_file():
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        if config.pretrained not in tags:
+            raise InputError(
+                f"'{config.pretrained}' is neither a file nor a tag of open_clip's '{model}'."
+                f"{nearest(config.pretrained, tags)} Tags: {', '.join(tags) or 'none'}."
+            )
+        # The activation is not in the weights; open_clip only warns, and the teacher would be silently worse.
+        needs = bool(open_clip.get_pretrained_cfg(model, config.pretrained).get("quick_gelu", False))
+        if needs != bool((open_clip.get_model_config(model) or {}).get("quick_gelu", False)):
+            twin = f"{model}-quickgelu" if needs else model.removesuffix("-quickgelu")
+            raise InputError(
+                f"The weights '{config.pretrained}' were trained with {'quick ' if needs else 'plain '}GELU, "
+                f"the architecture '{model}' uses the other one; set teacher.model={twin}."
+            )
+    return OpenClipTeacher(open_clip.create_model(model, config.pretrained, require_pretrained=True))
+
+
+def _load_timm(config: TeacherConfig) -> TimmTeacher:
+    model = _resolve(config.model)
+    if model.startswith(_DIRECTORY_SCHEMES):
+        vit = timm.create_model(model, pretrained=True)
+    else:
+        _refuse_unknown(model.partition(".")[0], timm.list_models(), "timm")
+        if config.pretrained is None:
+            vit = timm.create_model(model)
+        elif Path(config.pretrained).is_file():
+            vit = timm.create_model(model, checkpoint_path=config.pretrained)
+        else:
+            known = [name.partition(".")[2] for name in timm.list_pretrained(f"{model}.*")]
+            if config.pretrained not in known:
+                raise InputError(
+                    f"'{config.pretrained}' is neither a file nor a tag of timm's '{model}'."
+                    f"{nearest(config.pretrained, known)} Tags: {', '.join(known) or 'none'}."
+                )
+            vit = timm.create_model(f"{model}.{config.pretrained}", pretrained=True)
+    if not isinstance(vit, VisionTransformer):
+        raise InputError(f"timm's '{model}' is a {type(vit).__name__}; only VisionTransformer models can be teachers.")
+    return TimmTeacher(vit)
+
+
+def _resolve(model: str) -> str:
+    path = resolve_demo(model)
+    return path if path == model else f"local-dir:{path}"
+
+
+def _brings_its_weights(model: str) -> bool:
+    return _resolve(model).startswith(_DIRECTORY_SCHEMES)
+
+
+def _refuse_unknown(model: str, known: list[str], library: str) -> None:
+    if model not in known:
+        raise InputError(
+            f"'{model}' is not a model name of {library}.{nearest(model, known)} "
+            "A directory is given as local-dir:PATH, a hub repository as hf-hub:OWNER/NAME."
+        )
+
+
+def _read_preprocessing(settings: dict, image_size: int | tuple[int, int]) -> Preprocessing:
+    size = image_size if isinstance(image_size, int) else image_size[0]
+    if not isinstance(image_size, int) and image_size[0] != image_size[1]:
+        raise InputError(f"A teacher must see square images, this one sees {image_size[0]}x{image_size[1]}.")
+    return Preprocessing(size, tuple(settings["mean"]), tuple(settings["std"]))
