@@ -18,9 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
         Exit status: 0, 2 after bad input, 130 after Ctrl-C.
     """
     options = parse_arguments(arguments)
-    from sf_mllm.cli.chat import run  # after parsing: torch takes seconds to import
-
     try:
+        from sf_mllm.cli.chat import run  # after parsing: torch takes seconds to import
+
         return run(options)
     except KeyboardInterrupt:
         return 130

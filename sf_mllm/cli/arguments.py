@@ -82,6 +82,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--verbose", action="store_true", help="print device, token counts and times to stderr")
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        known = [name for action in parser._actions for name in action.option_strings]
-        parser.error(f"unknown argument '{unknown[0]}'.{nearest(unknown[0].partition('=')[0], known)}".rstrip("."))
+        known = [f"--{name.replace('_', '-')}" for name in vars(options)]
+        guess = nearest(unknown[0].partition("=")[0], known)
+        raise InputError(f"Argument '{unknown[0]}' is unknown.{guess} --help lists the options.")
     return options

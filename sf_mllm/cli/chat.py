@@ -39,6 +39,8 @@ def run(options: argparse.Namespace) -> int:
     image = open_image(parse_path(options.image)) if options.image is not None else None
     if options.prompt is not None and not options.prompt.strip():
         raise InputError("The question given with --prompt is empty; ask something.")
+    if options.prompt is None and sys.stdin.isatty():
+        _note(f"Loading {options.model} ...")
 
     from transformers.utils import logging as transformers_logging
 
