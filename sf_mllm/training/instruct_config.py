@@ -83,7 +83,7 @@ class InstructConfig:
                 raise InputError(
                     f"{name} '{value}' is unknown.{nearest(value, allowed)} Allowed: {', '.join(allowed)}."
                 )
-        for name, value, is_valid, bounds in (
+        for key, number, is_valid, bounds in (
             ("lora.rank", self.lora.rank, self.lora.rank >= 1, "at least 1"),
             ("lora.alpha", self.lora.alpha, self.lora.alpha >= 1, "at least 1"),
             ("lora.dropout", self.lora.dropout, 0 <= self.lora.dropout < 1, "at least 0 and below 1"),
@@ -92,4 +92,4 @@ class InstructConfig:
             ("projector_learning_rate", self.projector_learning_rate, self.projector_learning_rate >= 0, "at least 0"),
         ):
             if not is_valid:
-                raise InputError(f"{name} must be {bounds}, got {value}.")
+                raise InputError(f"{key} must be {bounds}, got {number}.")

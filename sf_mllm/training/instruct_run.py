@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import Trainer, set_seed
 
 from sf_mllm.data.collate import ConversationCollator
@@ -39,7 +38,7 @@ class InstructTrainer(Trainer):
         super().__init__(**kwargs)
         self.projector_learning_rate = projector_learning_rate
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the optimizer that the arguments name, over our parameter groups."""
         if self.optimizer is None:
             model = self.model if model is None else model
@@ -83,8 +82,9 @@ def run_instruct(config: InstructConfig) -> Path:
         evaluation = trainer.evaluate()
         run.update_record(held_out_loss=evaluation["eval_loss"])
         if trainer.is_world_process_zero():
-            merged = save_results(model, processor, config.save, run.path)
-            show_answers(merged.to(arguments.device), processor, held_out.conversations[:_SHOWN_ANSWERS])
+            merged: Any = save_results(model, processor, config.save, run.path)
+            merged.to(arguments.device)
+            show_answers(merged, processor, held_out.conversations[:_SHOWN_ANSWERS])
     logger.info("Saved the model in %s. %s", model_directory, _chat_hint(model_directory))
     return model_directory
 
@@ -119,8 +119,8 @@ def prepare_data(
     num_training = len(conversations) - config.data.held_out
     if num_training < 1:
         raise InputError(
-            f"'{file}' holds {len(conversations)} conversations, of which data.held_out={config.data.held_out} are kept "
-            "out of training, so none is left; lower data.held_out or add rows."
+            f"'{file}' holds {len(conversations)} conversations and data.held_out={config.data.held_out} of them are "
+            "kept out of training, so none is left; lower data.held_out or add rows."
         )
 
     def dataset(rows: Sequence[Conversation]) -> ConversationDataset:
@@ -149,7 +149,7 @@ def draw_scenes(folder: Path, config: InstructConfig) -> tuple[str, str]:
 def log_plan(run: RunFolder, trainer: Trainer, model: PeftModel) -> None:
     """Say and record what will happen."""
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    config = model.get_base_model().config
+    config: Any = model.get_base_model().config
     arguments = trainer.args
     counts = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -183,7 +183,7 @@ def save_results(
 ) -> SFLlavaForConditionalGeneration:
     """Write the adapter alone, then the merged model with all it needs; return the merged model in eval mode."""
     with write_directory_atomically(folder / "adapter") as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(str(temporary))
     merged = cast_weights(merge_adapters(model), getattr(torch, save.dtype))
     with write_directory_atomically(folder / "model") as temporary:
         merged.save_pretrained(temporary, max_shard_size=save.max_shard_size)
@@ -191,9 +191,7 @@ def save_results(
     return merged.eval()
 
 
-def show_answers(
-    model: SFLlavaForConditionalGeneration, processor: SFLlavaProcessor, conversations: Sequence[Conversation]
-) -> None:
+def show_answers(model: Any, processor: SFLlavaProcessor, conversations: Sequence[Conversation]) -> None:
     """Log what the model says to the first question of held-out conversations, beside what was expected."""
     logger.info("Answers to held-out questions:")
     for conversation in conversations:

@@ -1,0 +1,236 @@
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+
+from sf_mllm import register_auto_classes
+from sf_mllm.config import load_run_config
+from sf_mllm.errors import InputError
+from sf_mllm.training import instruct, instruct_run
+from sf_mllm.training.instruct_config import InstructConfig
+from tests.tiny_text import make_tokenizer
+from tests.tiny_vlm import make_decoder, make_encoder, make_image, make_image_processor
+
+QUESTIONS = ["<image>\nWhat colour is the square?", "How many objects are there <image>", "Is it green?"]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Encoder, decoder and 12 conversations on disk: one image, two images in two turns, text only."""
+    folder = tmp_path_factory.mktemp("parts")
+    make_encoder(drop_path_rate=0.2).save_pretrained(folder / "encoder")
+    make_image_processor().save_pretrained(folder / "encoder")
+    tokenizer = make_tokenizer()
+    make_decoder(vocab_size=len(tokenizer), tied=True).save_pretrained(folder / "decoder")
+    tokenizer.save_pretrained(folder / "decoder")
+    rows = []
+    for index in range(12):
+        make_image(index).save(folder / f"{index}.png")
+        human = QUESTIONS[index % 3]
+        turns = [{"from": "human", "value": human}, {"from": "gpt", "value": f"{index % 5} green"}]
+        images = [f"{index}.png"] if "<image>" in human else []
+        if index % 3 == 1:
+            turns += [{"from": "human", "value": "<image> too?"}, {"from": "gpt", "value": "yes"}]
+            images += ["0.png"]
+        rows.append({"id": index, "conversations": turns} | ({"image": images} if images else {}))
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
+
+
+def make_config(parts, output_dir, **changes):
+    train = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "cosine",
+        "save_steps": 2,
+        "logging_steps": 1,
+    } | changes.pop("train", {})
+    values = {
+        "output_dir": output_dir,
+        "encoder": parts / "encoder",
+        "decoder": parts / "decoder",
+        "projector_learning_rate": 1e-3,
+        "lora.rank": 4,
+        "lora.alpha": 8,
+        "lora.dropout": 0.1,
+        "data.conversations": parts / "rows.json",
+        "data.held_out": 3,
+        "data.max_length": 200,
+        "save.dtype": "float32",
+    } | changes
+    file = parts / "config.yaml"
+    file.write_text(json.dumps({"train": train}))
+    return load_run_config(InstructConfig, file, [f"{key}={value}" for key, value in values.items()])
+
+
+class KilledError(Exception):
+    """Stands for a SIGKILL in the middle of a run."""
+
+
+class KillAfterStep(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KilledError
+
+
+@pytest.fixture
+def kill_after_step(monkeypatch):
+    original = instruct_run.report_progress
+
+    def kill(step):
+        def report_and_kill(trainer, run):
+            original(trainer, run)
+            if step is not None:
+                trainer.add_callback(KillAfterStep(step))
+
+        monkeypatch.setattr(instruct_run, "report_progress", report_and_kill)
+
+    return kill
+
+
+def steps_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+def test_a_killed_run_resumes_and_ends_with_the_same_weights(parts, tmp_path, kill_after_step):
+    undisturbed = instruct_run.run_instruct(make_config(parts, tmp_path / "whole"))
+
+    config = make_config(parts, tmp_path / "killed")
+    kill_after_step(3)  # one step after the checkpoint of step 2
+    with pytest.raises(KilledError):
+        instruct_run.run_instruct(config)
+    assert not (tmp_path / "killed" / "model").exists()
+    kill_after_step(None)
+    resumed = instruct_run.run_instruct(config)
+
+    expected, actual = load_file(undisturbed / "model.safetensors"), load_file(resumed / "model.safetensors")
+    assert expected.keys() == actual.keys()
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+    assert steps_of(tmp_path / "killed") == steps_of(tmp_path / "whole")
+    record = json.loads((tmp_path / "killed" / "run.json").read_text())
+    assert record["outcome"] == "complete"
+    assert [start["resumed_from"] for start in record["starts"]] == [None, "checkpoint-2"]
+
+
+@pytest.fixture(scope="module")
+def finished(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    config = make_config(parts, folder, train={"max_steps": 30})
+    instruct_run.run_instruct(config)
+    return folder, config
+
+
+def test_training_lowers_the_loss_and_records_what_it_used(finished):
+    folder, _ = finished
+    losses = [loss for _, loss in steps_of(folder)]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    record = json.loads((folder / "run.json").read_text())
+    assert record["data"]["rows"] == 12
+    assert record["data"]["images"] == 12
+    assert record["data"]["held_out"] == 3
+    assert 0 < record["data"]["supervised_tokens"] < record["data"]["tokens"]
+    assert record["tokens_per_image"] == 6
+    assert record["held_out_loss"] > 0
+
+
+def test_only_projector_and_adapters_differ_from_the_parts(finished, parts):
+    folder, _ = finished
+    model = load_file(folder / "model" / "model.safetensors")
+    encoder = load_file(parts / "encoder" / "model.safetensors")
+    decoder = load_file(parts / "decoder" / "model.safetensors")
+    for name, weight in encoder.items():
+        assert torch.equal(model[f"model.vision_tower.{name}"], weight), name
+    changed = {
+        name
+        for name, weight in decoder.items()
+        if not torch.equal(model["model.language_model." + name.removeprefix("model.")], weight)
+    }
+    adapted = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert changed == {name for name in decoder if name.split(".")[-2] in adapted}
+    assert "lm_head.weight" not in model  # tied, as in the decoder
+
+
+def test_merged_model_equals_base_with_adapter(finished):
+    folder, config = finished
+    register_auto_classes()
+    merged = AutoModelForImageTextToText.from_pretrained(folder / "model")
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    base, _ = instruct_run.build_model(config)
+    adapted = PeftModel.from_pretrained(base.unload(), folder / "adapter").eval()
+    batch = processor(images=[make_image(7)], text=["<image>\nWhat colour is the square?"], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**batch).logits, adapted(**batch).logits)
+
+
+def test_a_finished_run_is_left_alone_and_another_configuration_is_refused(finished, parts):
+    folder, config = finished
+    before = (folder / "model" / "model.safetensors").stat().st_mtime_ns
+    assert instruct_run.run_instruct(config) == folder / "model"
+    assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match=r"lora\.rank"):
+        instruct_run.run_instruct(make_config(parts, folder, train={"max_steps": 30}, **{"lora.rank": 8}))
+
+
+def test_rates_are_given_to_the_right_parameters(parts, tmp_path):
+    config = make_config(parts, tmp_path / "run")
+    model, _ = instruct_run.build_model(config)
+    groups = instruct_run.trained_parameter_groups(
+        model, learning_rate=1.0, projector_learning_rate=2.0, weight_decay=0.5
+    )
+    settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert settings.keys() == {id(p) for p in trained.values()}
+    assert any("lora_A" in name for name in trained)
+    for name, parameter in trained.items():
+        assert "vision_tower" not in name
+        assert "lora_" in name or "multi_modal_projector.modules_to_save" in name
+        expected = (2.0 if "projector" in name else 1.0, 0.0 if name.endswith("bias") else 0.5)
+        assert settings[id(parameter)] == expected, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"encoder": "nowhere"}, "Encoder directory 'nowhere' does not exist"),
+        ({"decoder": "./nowhere"}, "Decoder directory './nowhere' does not exist"),
+        (
+            {"data.max_length": 20},
+            r"12 of 12 conversations keep no answer .*max_length=20 tokens \(ids 0, 1, 2, 3, 4, ",
+        ),
+        ({"data.held_out": 12}, "holds 12 conversations and data.held_out=12"),
+        ({"data.conversations": "gone.json"}, "Instruction file 'gone.json' does not exist"),
+        ({"chat_template": "vicunna"}, "Did you mean 'vicuna'"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(parts, tmp_path, changes, reason):
+    with pytest.raises(InputError, match=reason):
+        instruct_run.run_instruct(make_config(parts, tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": "float16"}, "dtype 'float16' is unknown"),
+        ({"save.dtype": "fp16"}, "Did you mean 'float16'"),
+        ({"lora.rank": 0}, "lora.rank must be at least 1, got 0"),
+        ({"lora.dropout": 1.0}, "lora.dropout must be at least 0 and below 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(parts, tmp_path, changes, reason):
+    with pytest.raises(InputError, match=reason):
+        make_config(parts, tmp_path / "run", **changes)
+
+
+def test_the_command_reports_bad_input_in_one_line(tmp_path, capsys):
+    assert instruct.main([str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
