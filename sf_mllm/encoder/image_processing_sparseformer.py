@@ -14,17 +14,17 @@ class SparseFormerImageProcessor(TorchvisionBackend):
     """Resizes the whole image to a square and normalises it.
 
     Nothing is cut off, so regions of interest, which are relative to the image, hold for the original picture too. Set
-    `size={"shortest_edge": S}` to keep the aspect ratio: the encoder takes any size and always returns the same number of
-    tokens, but the images of one batch must then have one shape; add `do_center_crop=True` and `crop_size` for the usual
-    CLIP preprocessing.
+    `size={"shortest_edge": S}` to keep the aspect ratio: the encoder takes any size and always returns the same number
+    of tokens, but the images of one batch must then have one shape. Add `do_center_crop=True` and `crop_size` for the
+    usual CLIP preprocessing.
     """
 
     resample = PILImageResampling.BICUBIC
     image_mean = list(CLIP_MEAN)
     image_std = list(CLIP_STD)
-    size = {"height": 224, "width": 224}  # noqa: RUF012  # transformers' own way of stating defaults
+    size = {"height": 224, "width": 224}
     default_to_square = False
-    crop_size = {"height": 224, "width": 224}  # noqa: RUF012
+    crop_size = {"height": 224, "width": 224}
     do_resize = True
     do_center_crop = False
     do_rescale = True

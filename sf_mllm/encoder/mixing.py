@@ -1,10 +1,10 @@
 """Adaptive mixing: each token generates the matrices that decode its own sampled features."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sf_mllm.encoder.layers import MatrixGenerator, UnitLayerNorm
 
 MINIMUM_OUTPUT_POINTS = 32
 
@@ -25,9 +25,9 @@ class _AdaptiveMixing(nn.Module):
         self.num_points = num_points
         self.num_output_points = max(num_points, MINIMUM_OUTPUT_POINTS)
         # 1e-5 whatever the family's own epsilon is: published weights were trained so.
-        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.norm = UnitLayerNorm(width, eps=1e-5)
         self.squeeze = nn.Linear(width, inner_size)
-        self.generate = nn.Linear(inner_size, channels**2 + self.num_output_points * num_points)
+        self.generate = MatrixGenerator(inner_size, channels, num_points, self.num_output_points)
         self.out = nn.Linear(self.num_output_points * channels, width)
 
     def generate_matrices(self, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,21 +37,6 @@ class _AdaptiveMixing(nn.Module):
         channel_matrix = channel.unflatten(-1, (self.channels, self.channels))
         point_matrix = point.unflatten(-1, (self.num_output_points, self.num_points))
         return channel_matrix, point_matrix
-
-    @torch.no_grad()
-    def reset_generator(self) -> None:
-        """Start with matrices that are the same for all tokens: Xavier-uniform in the bias, zero in the weight.
-
-        The first norm starts at 1/sqrt(D), so that tokens reach the generator with unit length.
-        """
-        channel_part, point_part = self.generate.bias.split(
-            [self.channels**2, self.num_output_points * self.num_points]
-        )
-        nn.init.constant_(self.norm.weight, 1 / math.sqrt(self.norm.normalized_shape[0]))
-        nn.init.zeros_(self.generate.weight)
-        nn.init.uniform_(channel_part, -math.sqrt(3 / self.channels), math.sqrt(3 / self.channels))
-        bound = math.sqrt(6 / (self.num_points + self.num_output_points))
-        nn.init.uniform_(point_part, -bound, bound)
 
 
 class AdaptiveMixing(_AdaptiveMixing):

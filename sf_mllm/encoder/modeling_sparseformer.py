@@ -16,8 +16,9 @@ from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.cortex import CortexBlock
 from sf_mllm.encoder.focusing import FocusingStage, drop_path_rates
 from sf_mllm.encoder.focusing_v1 import FocusingStageV1
-from sf_mllm.encoder.mixing import AdaptiveMixing, AdaptiveMixingV1
-from sf_mllm.encoder.sampler import InitialLatents, RoiAdjustment, RoiAdjustmentV1, RoiSampler, start_at_zero
+from sf_mllm.encoder.layers import MatrixGenerator, UnitLayerNorm, ZeroStartLinear
+from sf_mllm.encoder.mixing import AdaptiveMixingV1
+from sf_mllm.encoder.sampler import InitialLatents, RoiSampler
 from sf_mllm.encoder.stem import Stem
 from sf_mllm.encoder.strict_loading import StrictLoadingMixin
 from sf_mllm.encoder.weights_vit import InheritanceReport, describe_vit, inherit_weights, size_for_vit
@@ -152,7 +153,10 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
+        # transformers visits only modules that own parameters themselves, so starting values belong to the owner.
+        if isinstance(module, UnitLayerNorm | ZeroStartLinear | MatrixGenerator | RoiSampler):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -168,15 +172,9 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
             init.copy_(module.rois, ROI_LAYOUTS[self.config.initial_roi_layout](self.config.num_latents))
         elif isinstance(module, FocusingStage) and module.stage_embedding is not None:
             init.normal_(module.stage_embedding)
-        elif isinstance(module, AdaptiveMixing | AdaptiveMixingV1):
-            module.reset_generator()
-            if isinstance(module, AdaptiveMixingV1):
-                init.zeros_(module.channel_bias)
-                init.zeros_(module.point_bias)
-        elif isinstance(module, RoiSampler):
-            module.reset_offsets()
-        elif isinstance(module, RoiAdjustment | RoiAdjustmentV1):
-            start_at_zero(module.norm, module.out)
+        elif isinstance(module, AdaptiveMixingV1):
+            init.zeros_(module.channel_bias)
+            init.zeros_(module.point_bias)
         elif isinstance(module, SparseFormerModel) and module.cls_token is not None:
             init.normal_(module.cls_token)
 

@@ -6,13 +6,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
+from sf_mllm.encoder.layers import UnitLayerNorm, ZeroStartLinear
 from sf_mllm.ops.roi import points_in_rois
 from sf_mllm.ops.sampling import sample_points
 
 
 def predict_in_fp32(tokens: Tensor, weight: Tensor) -> Tensor:
-    """Apply a linear layer without bias in fp32, under autocast and in a bf16 model too: its outputs are coordinates."""
+    """Apply a linear layer without bias in fp32, also under autocast and in a bf16 model: it predicts coordinates."""
     with _autocast_off(tokens.device.type):
         return F.linear(tokens.float(), weight.float())
 
@@ -21,13 +23,6 @@ def _autocast_off(device_type: str) -> AbstractContextManager:
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
-
-
-@torch.no_grad()
-def start_at_zero(norm: nn.LayerNorm, last: nn.Linear) -> None:
-    """Initialise a prediction head so that it predicts zero; its norm gives vectors of unit length."""
-    nn.init.constant_(norm.weight, 1 / math.sqrt(norm.normalized_shape[0]))
-    nn.init.zeros_(last.weight)
 
 
 class RoiSampler(nn.Module):
@@ -42,8 +37,8 @@ class RoiSampler(nn.Module):
 
     def __init__(self, width: int, num_points: int, eps: float, padding_mode: str) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=eps)
-        self.offsets = nn.Linear(width, 2 * num_points, bias=False)
+        self.norm = UnitLayerNorm(width, eps=eps)
+        self.offsets = ZeroStartLinear(width, 2 * num_points)
         self.shared_offsets = nn.Parameter(torch.zeros(num_points, 2))
         self.padding_mode = padding_mode
 
@@ -62,18 +57,16 @@ class RoiSampler(nn.Module):
         points = points_in_rois(rois, offsets + self.shared_offsets.float())
         return sample_points(features, points, padding_mode=self.padding_mode), points
 
-    @torch.no_grad()
-    def reset_offsets(self) -> None:
-        """Start with a regular grid of points (x fastest) for a square P, else with uniform points; same for all."""
-        start_at_zero(self.norm, self.offsets)
+    def reset_parameters(self) -> None:
+        """Start with a regular grid of points (x fastest) for a square P, else with uniform points."""
         num_points = len(self.shared_offsets)
         rows = math.isqrt(num_points)
         if rows**2 == num_points:
             cells = (torch.arange(rows) + 0.5) / rows - 0.5
             grid = torch.cartesian_prod(cells, cells).flip(-1)
-            self.shared_offsets.copy_(grid)
+            init.copy_(self.shared_offsets, grid)
         else:
-            nn.init.uniform_(self.shared_offsets, -0.5, 0.5)
+            init.uniform_(self.shared_offsets, -0.5, 0.5)
 
 
 class RoiAdjustment(nn.Module):
@@ -81,9 +74,9 @@ class RoiAdjustment(nn.Module):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=eps)
+        self.norm = UnitLayerNorm(width, eps=eps)
         self.hidden = nn.Linear(width, width)
-        self.out = nn.Linear(width, 4, bias=False)
+        self.out = ZeroStartLinear(width, 4)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Predict [B, N, 4], fp32, from tokens [B, N, D]."""
@@ -95,8 +88,8 @@ class RoiAdjustmentV1(nn.Module):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=eps)
-        self.out = nn.Linear(width, 4, bias=False)
+        self.norm = UnitLayerNorm(width, eps=eps)
+        self.out = ZeroStartLinear(width, 4)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Predict [B, N, 4], fp32, from tokens [B, N, D]."""
@@ -119,8 +112,8 @@ class InitialLatents(nn.Module):
 
     def forward(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """Return tokens [B, N, D] and RoIs [B, N, 4] (fp32)."""
-        latents = self.embedding.expand(batch_size, len(self.rois), -1)
-        return latents, self.rois.float().expand(batch_size, -1, -1)
+        latents = self.embedding.expand(len(self.rois), -1).repeat(batch_size, 1, 1)
+        return latents, self.rois.float().repeat(batch_size, 1, 1)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]  # torch's own signature
         # `model.to(torch.bfloat16)` must not round the RoIs: eight bits are a quarter of a feature pixel.

@@ -14,7 +14,7 @@ from torch import Tensor
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.encoder.published import PUBLISHED
-from sf_mllm.errors import InputError, nearest
+from sf_mllm.errors import InputError, first_line, nearest
 
 V1_OPERATIONS = ("ATTN", "ROI_ADJ", "SAMPLING_M", "MLP")
 FOCUSING_OPERATIONS = ("SAMPLING_M", "PE_INJECT", "ATTN", "MLP", "ROI_ADJ")
@@ -111,8 +111,8 @@ def config_from_official(official: dict[str, Any], state: dict[str, Tensor]) -> 
     family = _family(operations)
     if not len(widths) == len(repeats) == len(operations) or len(set(widths[1:])) != 1 or set(repeats[1:]) != {1}:
         raise InputError(
-            f"official_config has widths {widths} and repeats {repeats}; allowed are one entry per unit, one width from "
-            "the second unit on, and repeats of the first unit only."
+            f"official_config has widths {widths} and repeats {repeats}; allowed are one entry per unit, one width "
+            "from the second unit on, and repeats of the first unit only."
         )
     narrow, wide = int(widths[0]), int(widths[1])
     sampling = {
@@ -238,13 +238,10 @@ def _read_state(source: str | Path | dict[str, Any]) -> dict[str, Tensor]:
             else:
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            raise InputError(
-                f"Checkpoint '{path}' is damaged or no checkpoint: {str(error).splitlines()[0]}"
-            ) from error
+            raise InputError(f"Checkpoint '{path}' is damaged or no checkpoint: {first_line(error)}.") from error
         except Exception as error:  # pickle's own errors have no common base
             raise InputError(
-                f"Checkpoint '{path}' holds more than tensors and is not loaded (weights_only): "
-                f"{str(error).splitlines()[0]}"
+                f"Checkpoint '{path}' holds more than tensors and is not loaded (weights_only): {first_line(error)}."
             ) from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]

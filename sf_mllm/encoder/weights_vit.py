@@ -295,16 +295,16 @@ def _describe_timm(vit: Any, prefix: str, head: Any, names: list[str]) -> VitDes
 
 
 def _timm_block(prefix: str, block: Any) -> dict[str, Inherited]:
+    if type(block).__name__ != "Block" or not hasattr(block.attn, "qkv") or not hasattr(block.mlp, "fc2"):
+        raise InputError(
+            f"Teacher block {prefix} is a {type(block).__name__}; only timm's plain Block can be inherited."
+        )
     extra_norms = [
         name
         for part in ("attn", "mlp")
         for name in ("q_norm", "k_norm", "norm")
         if not isinstance(getattr(getattr(block, part), name, nn.Identity()), nn.Identity)
     ]
-    if type(block).__name__ != "Block" or not hasattr(block.attn, "qkv") or not hasattr(block.mlp, "fc2"):
-        raise InputError(
-            f"Teacher block {prefix} is a {type(block).__name__}; only timm's plain Block can be inherited."
-        )
     if extra_norms:
         raise InputError(f"Teacher block {prefix} has extra norms ({', '.join(extra_norms)}), a cortex block has none.")
     return {

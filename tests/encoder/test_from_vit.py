@@ -1,0 +1,224 @@
+"""Inheriting from open_clip and timm teachers."""
+
+import open_clip
+import pytest
+import timm
+import torch
+
+from sf_mllm import SparseFormerModel
+from sf_mllm.encoder.weights_vit import describe_vit, inherit_weights, size_for_vit
+from sf_mllm.errors import InputError
+
+# Built on the meta device where only sizes matter; full-size weights are drawn for one block at a time.
+
+
+def fill(module: torch.nn.Module) -> torch.nn.Module:
+    """Random weights, biases and norms included, so that a wrong copy cannot hide behind zeros and ones."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            spread = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+    return module.eval()
+
+
+def small_clip(**vision: object) -> torch.nn.Module:
+    quick_gelu = bool(vision.pop("quick_gelu", False))
+    vision_cfg = {"image_size": 32, "layers": 6, "width": 64, "head_width": 16, "patch_size": 8, **vision}
+    text_cfg = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1}
+    return fill(open_clip.CLIP(24, vision_cfg, text_cfg, quick_gelu=quick_gelu))
+
+
+def small_timm(**changes: object) -> torch.nn.Module:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 4, "num_classes": 10}
+    return fill(timm.models.vision_transformer.VisionTransformer(**{**sizes, **changes}))
+
+
+def blocks_of(teacher: torch.nn.Module) -> torch.nn.ModuleList:
+    visual = getattr(teacher, "visual", teacher)
+    return visual.transformer.resblocks if hasattr(visual, "transformer") else visual.blocks
+
+
+def assert_blocks_agree(student: SparseFormerModel, teacher: torch.nn.Module, first: int) -> None:
+    width = student.config.hidden_size
+    tokens = torch.randn(2, 7, width, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for ours, theirs in zip(student.cortex, list(blocks_of(teacher))[first:], strict=True):
+            torch.testing.assert_close(ours(tokens), theirs(tokens), rtol=1e-5, atol=1e-5)
+
+
+CLIP_VARIANTS = {
+    "gelu": {},
+    "quick_gelu": {"quick_gelu": True},
+    "no_pre_norm": {"no_ln_pre": True},
+    "layer_scale": {"ls_init_value": 0.5},
+    "mean_pooling": {"pool_type": "avg"},
+    "mean_pooling_then_norm": {"pool_type": "avg", "final_ln_after_pool": True},
+    "wide_mlp": {"mlp_ratio": 3.0},
+}
+
+
+@pytest.mark.parametrize("variant", CLIP_VARIANTS)
+def test_open_clip_blocks_norm_and_projection(variant: str) -> None:
+    teacher = small_clip(**CLIP_VARIANTS[variant])
+    student, report = SparseFormerModel.from_vit(teacher)
+    student.eval()
+    assert len(student.cortex) == 4 and report.first_block == 2
+    assert student.config.hidden_act == ("quick_gelu" if variant == "quick_gelu" else "gelu")
+    assert_blocks_agree(student, teacher, first=2)
+    tokens = torch.randn(2, 17, 64)
+    with torch.no_grad():
+        # The teacher's own head on the same tokens; the mean of a teacher leaves out its class token.
+        normed = teacher.visual.ln_post(tokens)
+        first_latent = int(student.config.use_cls_token)
+        expected = {
+            "cls": normed[:, 0],
+            "norm_then_mean": normed.mean(dim=1),
+            "mean_then_norm": teacher.visual.ln_post(tokens.mean(dim=1)),
+        }[student.config.pooling]
+        assert (student.config.pooling == "cls") == bool(first_latent)
+        torch.testing.assert_close(
+            student.projection(student.pool(tokens, student.norm(tokens))), expected @ teacher.visual.proj
+        )
+
+
+TIMM_VARIANTS = {
+    "classifier": {},
+    "no_head": {"num_classes": 0},
+    "mean_pooling": {"global_pool": "avg"},
+    "mean_pooling_norm_first": {"global_pool": "avg", "fc_norm": False},
+    "pre_norm": {"pre_norm": True},
+    "layer_scale": {"init_values": 0.5},
+    "no_qkv_bias": {"qkv_bias": False},
+    "registers": {"reg_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("variant", TIMM_VARIANTS)
+def test_timm_blocks_norm_and_head(variant: str) -> None:
+    teacher = small_timm(**TIMM_VARIANTS[variant])
+    student, report = SparseFormerModel.from_vit(teacher, num_hidden_layers=5, num_latents=9)
+    student.eval()
+    assert report.first_block == 1 and student.config.layer_norm_eps == 1e-6
+    assert_blocks_agree(student, teacher, first=1)
+    tokens = torch.randn(2, 9 + student.config.use_cls_token, 64)
+    with torch.no_grad():
+        if student.config.use_cls_token:
+            pooled = teacher.fc_norm(teacher.norm(tokens)[:, 0])
+        else:
+            pooled = teacher.fc_norm(teacher.norm(tokens).mean(dim=1))
+        torch.testing.assert_close(student.projection(student.pool(tokens, student.norm(tokens))), teacher.head(pooled))
+
+
+def test_class_token_starts_as_it_enters_the_teachers_first_block() -> None:
+    teacher = small_clip()
+    entering = []
+    teacher.visual.transformer.resblocks[0].register_forward_pre_hook(lambda module, args: entering.append(args[0]))
+    with torch.no_grad():
+        teacher.encode_image(torch.randn(1, 3, 32, 32))
+    student, _ = SparseFormerModel.from_vit(teacher)
+    torch.testing.assert_close(student.cls_token[0], entering[0][0, 0])
+
+    noise, report = SparseFormerModel.from_vit(teacher, start_from_class_token=False)
+    assert "cls_token" in report.new
+    assert not torch.allclose(noise.cls_token[0], entering[0][0, 0])
+
+    vit = small_timm()
+    entering.clear()
+    vit.blocks[0].register_forward_pre_hook(lambda module, args: entering.append(args[0]))
+    with torch.no_grad():
+        vit(torch.randn(1, 3, 32, 32))
+    student, _ = SparseFormerModel.from_vit(vit)
+    torch.testing.assert_close(student.cls_token[0], entering[0][0, 0])
+
+
+def test_report_accounts_for_every_tensor() -> None:
+    teacher = small_clip()
+    student, report = SparseFormerModel.from_vit(teacher)
+    assert set(report.copied) | set(report.new) == set(dict(student.named_parameters()))
+    assert not set(report.copied) & set(report.new)
+    assert set(report.copied.values()) | set(report.left_out) == set(dict(teacher.visual.named_parameters()))
+    assert "transformer.resblocks.1.ln_1.weight" in report.left_out
+    assert report.copied["cortex.0.norm1.weight"] == "transformer.resblocks.2.ln_1.weight"
+    assert "teacher blocks from 2" in str(report)
+
+
+FULL_SIZE = {
+    "open_clip ViT-B-16": (
+        lambda: open_clip.create_model("ViT-B-16-quickgelu", device="meta"),
+        4,
+        8,
+        48,
+        "quick_gelu",
+        1e-5,
+    ),
+    "open_clip ViT-L-14": (lambda: open_clip.create_model("ViT-L-14", device="meta"), 8, 16, 63, "gelu", 1e-5),
+    "timm ViT-B-16": (lambda: timm.create_model("vit_base_patch16_224"), 4, 8, 48, "gelu", 1e-6),
+    "timm ViT-L-16-384": (lambda: timm.create_model("vit_large_patch16_384"), 8, 16, 63, "gelu", 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_full_size_teachers(name: str) -> None:
+    """Sizes follow the published students; first and last inherited block are compared with drawn weights."""
+    make, first, depth, latents, activation, eps = FULL_SIZE[name]
+    with torch.device("meta"):
+        teacher = make().eval()
+        description = describe_vit(teacher)
+        student = SparseFormerModel(_config(description)).eval()
+        report = inherit_weights(student, description, start_from_class_token=True)
+    assert (len(student.cortex), student.config.num_latents) == (depth, latents)
+    assert (student.config.hidden_act, student.config.layer_norm_eps) == (activation, eps)
+    assert report.first_block == first
+    for ours_index, theirs_index in ((0, first), (depth - 1, first + depth - 1)):
+        theirs = fill(blocks_of(teacher)[theirs_index].to_empty(device="cpu"))
+        ours = student.cortex[ours_index].to_empty(device="cpu")
+        # Fill our block through the names the report gives, so that the report itself is what is tested.
+        with torch.no_grad():
+            for parameter_name, parameter in ours.named_parameters():
+                source = report.copied[f"cortex.{ours_index}.{parameter_name}"].split(f".{theirs_index}.", 1)[1]
+                parameter.copy_(dict(theirs.named_parameters())[source])
+            tokens = torch.randn(1, 5, student.config.hidden_size, generator=torch.Generator().manual_seed(0))
+            torch.testing.assert_close(ours(tokens), theirs(tokens), rtol=1e-5, atol=1e-5)
+
+
+def _config(description):
+    from sf_mllm import SparseFormerConfig
+
+    return SparseFormerConfig(**size_for_vit(description, {}))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        (lambda: small_clip(attentional_pool=True), "pools with attention"),
+        (lambda: small_clip(pool_type="none"), "pooling 'none'"),
+        (lambda: small_clip(qk_norm=True), "attention"),
+        (lambda: small_timm(global_pool="map", class_token=False), "pools with attention"),
+        (lambda: small_timm(qk_norm=True), "extra norms"),
+        (lambda: small_timm(block_fn=timm.models.vision_transformer.ParallelScalingBlock), "ParallelScalingBlock"),
+        (lambda: timm.create_model("resnet18"), "ResNet"),
+        (lambda: torch.nn.Linear(2, 2), "Linear"),
+    ],
+)
+def test_what_cannot_be_inherited_is_refused_with_a_reason(teacher, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SparseFormerModel.from_vit(teacher())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_latent": 9}, "Did you mean 'num_latents'"),
+        ({"hidden_size": 128}, "follows the teacher"),
+        ({"num_hidden_layers": 7}, "more than the teacher's 6 blocks"),
+    ],
+)
+def test_contradicting_overrides(overrides: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SparseFormerModel.from_vit(small_clip(), **overrides)
+
+
+def test_overrides_shape_the_student() -> None:
+    student, _ = SparseFormerModel.from_vit(small_clip(), num_latents=7, focusing_size=24, num_hidden_layers=3)
+    assert student(torch.randn(1, 3, 30, 50)).last_hidden_state.shape == (1, 8, 64)

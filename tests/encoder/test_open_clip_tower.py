@@ -1,0 +1,46 @@
+"""A SparseFormer as the image tower of an open_clip model."""
+
+import pytest
+import torch
+
+from sf_mllm import SparseFormerModel, replace_visual
+from sf_mllm.errors import InputError
+from tests.encoder.test_from_vit import small_clip
+
+
+def test_encode_image_runs_the_encoder_beside_the_clips_own_text_tower() -> None:
+    clip = small_clip()
+    texts = torch.randint(0, 32, (3, 8))
+    images = torch.randn(2, 3, 32, 32)
+    encoder, _ = SparseFormerModel.from_vit(clip)
+    encoder.eval()
+    with torch.no_grad():
+        text_before = clip.encode_text(texts)
+        assert replace_visual(clip, encoder) is clip
+        torch.testing.assert_close(clip.encode_image(images), encoder(images).pooler_output)
+        torch.testing.assert_close(clip.encode_text(texts), text_before)
+        image_embedding, text_embedding, scale = clip(images, texts)
+        assert torch.allclose(image_embedding.norm(dim=-1), torch.ones(2))
+        assert (scale * image_embedding @ text_embedding.T).shape == (2, 3)
+    assert clip.visual.image_size == (32, 32)
+    clip.lock_image_tower()
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    clip.set_grad_checkpointing()
+    assert encoder.is_gradient_checkpointing
+
+
+def test_a_second_replacement_and_a_misfit() -> None:
+    clip = small_clip()
+    encoder, _ = SparseFormerModel.from_vit(clip)
+    replace_visual(replace_visual(clip, encoder), encoder)
+    other, _ = SparseFormerModel.from_vit(small_timm_with_other_width())
+    with pytest.raises(InputError, match="10 dimensions, this CLIP model into 24"):
+        replace_visual(clip, other)
+    with pytest.raises(InputError, match="no image tower"):
+        replace_visual(torch.nn.Linear(2, 2), encoder)
+
+
+def small_timm_with_other_width() -> torch.nn.Module:
+    from tests.encoder.test_from_vit import small_timm
+
+    return small_timm()
