@@ -1,7 +1,7 @@
 """Regions of interest (RoIs): start layouts, adjustment, points.
 
-A RoI is (x1, y1, x2, y2) relative to the image, 0 left/top edge and 1 right/bottom edge whatever the aspect ratio. It may
-leave the image, and x2 < x1 is legal: sampling uses the signed size, adjustment the absolute one.
+A RoI is (x1, y1, x2, y2) relative to the image, 0 left/top edge and 1 right/bottom edge whatever the aspect ratio. It
+may leave the image, and x2 < x1 is legal: sampling uses the signed size, adjustment the absolute one.
 """
 
 import math
@@ -14,8 +14,8 @@ from torch import Tensor
 def official_grid(num_latents: int) -> Tensor:
     """Half-image boxes on a square grid; what is left over of a non-square count sees the whole image.
 
-    The left-over RoIs are all equal. With a token embedding shared by all tokens their tokens stay identical through the
-    whole network and for the whole training, so this start is for parity with published models only.
+    The left-over RoIs are all equal. With a token embedding shared by all tokens their tokens stay identical through
+    the whole network and for the whole training, so this start is for parity with published models only.
 
     Args:
         num_latents: N >= 4.
@@ -83,8 +83,8 @@ def adjust_rois(rois: Tensor, deltas: Tensor) -> Tensor:
 def points_in_rois(rois: Tensor, offsets: Tensor) -> Tensor:
     """Place sampling points inside RoIs.
 
-    Offsets are normalised over the points of a token, so only the shape of their pattern matters: its spread is always a
-    third of the box (one standard deviation) and its mean the centre of the box.
+    Offsets are normalised over the points of a token, so only the shape of their pattern matters: its spread is always
+    a third of the box (one standard deviation) and its mean the centre of the box.
 
     Args:
         rois: [..., 4], image-relative xyxy.

@@ -1,0 +1,101 @@
+"""How far reduced precision moves the encoder's outputs from fp32.
+
+    python -m eval.precision --model sparseformer_btsp_openai_clip_base --device cuda
+    python -m eval.precision --model DIRECTORY --images FOLDER --device cuda
+
+A published name builds that size with random weights (drawn so that regions move and every path is alive); a directory
+loads a trained encoder. The reference runs in fp32 with TF32 off.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+
+from eval.rows import append_rows
+from sf_mllm import SparseFormerConfig, SparseFormerImageProcessor, SparseFormerModel, SparseFormerOutput
+from sf_mllm.data.image_io import open_image
+from sf_mllm.encoder.layers import MatrixGenerator, ZeroStartLinear
+
+MODES = ("bf16 autocast", "fp16 autocast", "bf16 model")
+
+
+def main() -> None:
+    """Measure and append rows to eval/results/precision.csv."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="published name (random weights) or encoder directory")
+    parser.add_argument("--images", type=Path, help="folder of images; without it, low-frequency noise")
+    parser.add_argument("--count", type=int, default=64, help="images (default 64)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    trained = Path(arguments.model).is_dir()
+    model = (SparseFormerModel.from_pretrained(arguments.model) if trained else random_model(arguments.model)).eval()
+    model = model.float().to(arguments.device)
+    images = read_images(arguments.images, arguments.count, arguments.model if trained else None).to(arguments.device)
+    reference = run(model, images)
+    rows = []
+    for mode in MODES:
+        output = run_in(mode, model, images)
+        for field in ("pooler_output", "last_hidden_state", "rois"):
+            ours, theirs = output[field].double(), reference[field].double()
+            rows.append(
+                {
+                    "model": arguments.model,
+                    "weights": "trained" if trained else "random",
+                    "images": str(arguments.images or "noise"),
+                    "count": len(images),
+                    "mode": mode,
+                    "field": field,
+                    "max_abs_error": f"{(ours - theirs).abs().max():.3e}",
+                    "relative_error": f"{(ours - theirs).norm() / theirs.norm():.3e}",
+                    "max_abs_value": f"{theirs.abs().max():.3f}",
+                }
+            )
+            row = rows[-1]
+            print(f"{mode:14} {field:18} max {row['max_abs_error']}  relative {row['relative_error']}")
+    print(append_rows("precision", rows, arguments.device))
+
+
+@torch.no_grad()
+def random_model(name: str) -> SparseFormerModel:
+    """A published size whose zero-started layers are drawn too: regions move, and tokens mix differently."""
+    model = SparseFormerModel(SparseFormerConfig.from_name(name))
+    for module in model.modules():
+        if isinstance(module, ZeroStartLinear):
+            torch.nn.init.normal_(module.weight, std=0.5)
+        elif isinstance(module, MatrixGenerator):
+            torch.nn.init.normal_(module.weight, std=0.1 * module.in_features**-0.5)
+    return model
+
+
+def read_images(folder: Path | None, count: int, model: str | None) -> torch.Tensor:
+    """Return preprocessed images [count, 3, 224, 224]."""
+    if folder is None:
+        coarse = torch.randn(count, 3, 28, 28)
+        return torch.nn.functional.interpolate(coarse, size=(224, 224), mode="bicubic")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))[:count]
+    processor = SparseFormerImageProcessor.from_pretrained(model) if model else SparseFormerImageProcessor()
+    return processor([open_image(path) for path in paths], return_tensors="pt").pixel_values
+
+
+@torch.no_grad()
+def run(model: SparseFormerModel, images: torch.Tensor) -> SparseFormerOutput:
+    """One forward pass."""
+    return model(images)
+
+
+def run_in(mode: str, model: SparseFormerModel, images: torch.Tensor) -> SparseFormerOutput:
+    """One forward pass in reduced precision."""
+    if mode == "bf16 model":
+        return run(copy.deepcopy(model).to(torch.bfloat16), images)
+    dtype = {"bf16 autocast": torch.bfloat16, "fp16 autocast": torch.float16}[mode]
+    with torch.autocast(images.device.type, dtype=dtype):
+        return run(model, images)
+
+
+if __name__ == "__main__":
+    main()

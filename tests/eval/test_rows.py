@@ -1,0 +1,23 @@
+"""Result files grow, and refuse rows of another kind."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from eval.rows import PROVENANCE, append_rows
+
+
+def test_rows_are_appended_with_their_provenance(tmp_path: Path) -> None:
+    append_rows("bench", [{"metric": "a", "value": 1}], "cpu", tmp_path)
+    path = append_rows("bench", [{"metric": "b", "value": 2}, {"metric": "c", "value": 3}], "cpu", tmp_path)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["metric"] for row in rows] == ["a", "b", "c"]
+    assert all(row[column] for row in rows for column in PROVENANCE)
+
+
+def test_other_columns_are_refused(tmp_path: Path) -> None:
+    append_rows("bench", [{"metric": "a", "value": 1}], "cpu", tmp_path)
+    with pytest.raises(ValueError, match="columns"):
+        append_rows("bench", [{"name": "a", "value": 1}], "cpu", tmp_path)
