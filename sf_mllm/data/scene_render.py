@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sf_mllm.data.scene_sampling import BACKGROUNDS, MAX_OBJECTS, MAX_RADIUS, SHAPES, UNIT, Scenes
+from sf_mllm.data.scene_sampling import BACKGROUNDS, MAX_RADIUS, SHAPES, UNIT, Scenes
 
 
 def render(scenes: Scenes, image_size: int = 224) -> Tensor:
@@ -50,19 +50,6 @@ def render(scenes: Scenes, image_size: int = 224) -> Tensor:
 
     image = _draw_background(scenes, image_size) * (1 - painted[:, :1]) + painted[:, 1:]
     return image.round().clamp(0, 255).to(torch.uint8)
-
-
-def object_masks(scenes: Scenes, grid: int) -> Tensor:
-    """Mark the cell of a square grid that each object's centre lies in.
-
-    Returns:
-        [B, grid * grid] int64, the slot of the object with its centre in the cell, or -1; rows run from the top.
-    """
-    cell = (scenes.y * grid // UNIT) * grid + scenes.x * grid // UNIT  # [B, 8]
-    cell = torch.where(scenes.present, cell, grid * grid)  # empty slots go to a spare cell
-    slots = torch.arange(MAX_OBJECTS, device=cell.device).expand_as(cell)
-    owner = torch.full((len(scenes), grid * grid + 1), -1, device=cell.device, dtype=torch.int64)
-    return owner.scatter_reduce(1, cell, slots, reduce="amax")[:, :-1]
 
 
 def _draw_background(scenes: Scenes, image_size: int) -> Tensor:

@@ -7,6 +7,8 @@ or device. All geometry is in integers of 1/4096 of the image side: comparisons 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -50,6 +52,7 @@ _BORDER = 20  # free space between a bounding circle and the image edge
 _CELL_BAND = 61  # centres keep this far from the borders of the 3x3 cells, so that a place is never ambiguous
 _CANDIDATES_PER_SIZE = 12
 _WORD = 0xFFFFFFFF
+_WORDS_AT_ONCE = 256
 
 
 @dataclass
@@ -108,7 +111,7 @@ class Scenes:
     @property
     def rgb(self) -> Tensor:
         """[B, 8, 3] colour of each object, 0..255."""
-        base = torch.tensor(_COLOR_RGB, device=self.color.device)[self.color.clamp(min=0)]
+        base = constant(_COLOR_RGB, self.color.device)[self.color.clamp(min=0)]
         return (base + self.tint).clamp(0, 255)
 
     def to(self, device: str | torch.device) -> "Scenes":
@@ -123,11 +126,19 @@ class Scenes:
         return Scenes(**{field.name: function(getattr(self, field.name)) for field in dataclasses.fields(self)})
 
 
-def concatenate(parts: Sequence[Scenes]) -> Scenes:
-    """Join batches of scenes along the batch axis."""
-    return Scenes(
-        **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(Scenes)}
-    )
+BatchT = TypeVar("BatchT")
+
+
+def concatenate(parts: Sequence[BatchT]) -> BatchT:
+    """Join batches of scenes, or of captions, along the batch axis; all fields are tensors."""
+    names = [field.name for field in dataclasses.fields(parts[0])]  # type: ignore[arg-type]
+    return type(parts[0])(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+@lru_cache(maxsize=128)
+def constant(values: tuple, device: torch.device) -> Tensor:
+    """Return a tensor of fixed values, copied to a device once: a copy in each step would make the GPU wait."""
+    return torch.tensor(values, device=device)
 
 
 def sample_scenes(indices: Tensor, config: ScenesConfig) -> Scenes:
@@ -186,6 +197,7 @@ class Draws:
         self._seed = seed
         self._indices = indices[:, None].to(torch.int64)
         self._next_stream = 0
+        self._ready = self._indices[:, :0]  # words made but not yet handed out: few large requests are quicker
 
     @property
     def device(self) -> torch.device:
@@ -194,12 +206,15 @@ class Draws:
 
     def words(self, count: int) -> Tensor:
         """Return the next `count` 32-bit words of each scene: [B, count] int64, 0 .. 2**32 - 1."""
-        streams = torch.arange(self._next_stream, self._next_stream + count, device=self.device)
-        self._next_stream += count
-        # The seed enters each stream separately: two seeds cannot give the same scene under different indices.
-        seed = _mix(torch.tensor(self._seed, device=self.device))
-        keys = _mix(seed ^ _mix(streams + 0x9E3779B9))
-        return _mix(_mix(keys ^ self._indices))
+        if self._ready.shape[1] < count:
+            number = max(count, _WORDS_AT_ONCE)
+            streams = torch.arange(self._next_stream, self._next_stream + number, device=self.device)
+            self._next_stream += number
+            # The seed enters each stream separately: two seeds cannot give the same scenes under shifted indices.
+            keys = _mix(_mix(streams + 0x9E3779B9) ^ _mix(self._seed))
+            self._ready = torch.cat((self._ready, _mix(_mix(keys ^ self._indices))), dim=1)
+        words, self._ready = self._ready[:, :count], self._ready[:, count:]
+        return words
 
     def integers(self, count: int, bound: int) -> Tensor:
         """Return [B, count] integers from 0 to bound - 1; `bound` is far below 2**31."""
@@ -210,7 +225,10 @@ class Draws:
         return (self.words(count) >> 8).to(torch.float32) * 2.0**-24
 
 
-def _mix(words: Tensor) -> Tensor:
+WordT = TypeVar("WordT", int, Tensor)
+
+
+def _mix(words: WordT) -> WordT:
     """Scramble 32-bit words held in int64; one-to-one.
 
     Source: constants of Chris Wellons' hash-prospector (public domain), both below 2**31, so no product overflows.
@@ -226,7 +244,7 @@ def _draw_attribute(draws: Draws, values: int) -> Tensor:
 
     Two scenes in five use only two or three values, so that "how many red objects" has answers above one.
     """
-    palette = torch.tensor((8, 8, 8, 3, 2), device=draws.device)[draws.integers(1, 5)]  # [B, 1]
+    palette = constant((8, 8, 8, 3, 2), draws.device)[draws.integers(1, 5)]  # [B, 1]
     first = draws.integers(1, values)
     step = 2 * draws.integers(1, values // 2) + 1  # odd: consecutive multiples are distinct modulo 8
     choice = (draws.words(MAX_OBJECTS) * palette) >> 32
@@ -244,7 +262,7 @@ def _place_objects(
     candidates = len(SIZES) * _CANDIDATES_PER_SIZE
     shrink = torch.arange(candidates, device=size.device) // _CANDIDATES_PER_SIZE  # 0 0 .. 1 1 .. 2 2
     sizes = (size[:, :, None] - shrink).clamp(min=0)  # [B, 8, K]
-    radii = torch.tensor(RADII, device=size.device)[sizes] * jitter_percent[:, :, None] // 100
+    radii = constant(RADII, size.device)[sizes] * jitter_percent[:, :, None] // 100
     xs = _spread(draws.words(MAX_OBJECTS * candidates).view_as(radii), radii)
     ys = _spread(draws.words(MAX_OBJECTS * candidates).view_as(radii), radii)
 

@@ -1,0 +1,120 @@
+"""The demo teacher: a small CLIP in a directory that plain open_clip loads by its `local-dir:` scheme."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.pos_embed import get_2d_sincos_pos_embed
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from sf_mllm.constants import CLIP_MEAN, CLIP_STD
+from sf_mllm.data.scene_captions import BOS, CONTEXT_LENGTH, EOS, PAD, WORDS
+from sf_mllm.errors import InputError
+
+WEIGHTS_FILE = "open_clip_model.safetensors"
+HEAD_WIDTH = 64
+
+
+def model_config(width: int, layers: int, text_layers: int, embed_dim: int) -> dict[str, Any]:
+    """Return the content of `open_clip_config.json`; image and text tower have the same width."""
+    return {
+        "model_cfg": {
+            "embed_dim": embed_dim,
+            "vision_cfg": {
+                "image_size": 224,
+                "patch_size": 16,
+                "width": width,
+                "layers": layers,
+                "head_width": HEAD_WIDTH,
+            },
+            "text_cfg": {
+                "context_length": CONTEXT_LENGTH,
+                "vocab_size": len(WORDS),
+                "hf_tokenizer_name": "tokenizer-in-this-directory",  # for a local-dir model any name means "this one"
+                "width": width,
+                "heads": width // HEAD_WIDTH,
+                "layers": text_layers,
+                "pool_type": "eos",
+                "pad_id": PAD,
+                "eos_id": EOS,
+            },
+        },
+        "preprocess_cfg": {
+            "mean": list(CLIP_MEAN),
+            "std": list(CLIP_STD),
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
+    }
+
+
+def create_directory(directory: Path, config: dict[str, Any]) -> None:
+    """Write configuration and tokenizer into a new or empty directory.
+
+    Raises:
+        InputError: the directory holds something.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"'{directory}' exists and is not an empty directory; give another --out or delete it.")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    build_tokenizer().save_pretrained(directory)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the word tokenizer of scene captions; articles, "and" and punctuation are dropped."""
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex(r"[.,;:!?]|\b(a|an|the|and)\b"), " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", BOS), ("<eos>", EOS)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=CONTEXT_LENGTH,
+    )
+
+
+def build_model(config: dict[str, Any], seed: int) -> nn.Module:
+    """Build the model with fresh weights.
+
+    open_clip leaves the image tower at PyTorch's defaults. Here it gets the initialisation of CLIP, and sin-cos
+    positions at unit scale: at the usual small scale, learning places takes several times longer.
+    """
+    torch.manual_seed(seed)
+    model = open_clip.model.CLIP(**config["model_cfg"])
+    visual = model.visual
+    width, layers = config["model_cfg"]["vision_cfg"]["width"], config["model_cfg"]["vision_cfg"]["layers"]
+    for block in visual.transformer.resblocks:
+        nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+        nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        for bias in (block.attn.in_proj_bias, block.attn.out_proj.bias, block.mlp.c_fc.bias, block.mlp.c_proj.bias):
+            nn.init.zeros_(bias)
+    positions = torch.from_numpy(get_2d_sincos_pos_embed(width, visual.grid_size[0], cls_token=True))
+    with torch.no_grad():
+        visual.positional_embedding.copy_(positions)
+        nn.init.normal_(visual.class_embedding)
+    return model
+
+
+def save_weights(model: nn.Module, directory: Path) -> None:
+    """Write the weights in half precision, atomically."""
+    state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in model.state_dict().items()}
+    temporary = directory / f".{WEIGHTS_FILE}.partial"
+    save_file(state, temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)  # safetensors makes it private
+    os.replace(temporary, directory / WEIGHTS_FILE)
