@@ -66,7 +66,7 @@ def random_model(name: str) -> SparseFormerModel:
     model = SparseFormerModel(SparseFormerConfig.from_name(name))
     for module in model.modules():
         if isinstance(module, ZeroStartLinear):
-            torch.nn.init.normal_(module.weight, std=0.5)
+            torch.nn.init.normal_(module.weight, std=0.1)
         elif isinstance(module, MatrixGenerator):
             torch.nn.init.normal_(module.weight, std=0.1 * module.in_features**-0.5)
     return model

@@ -69,6 +69,12 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
     _supports_flex_attn = True
     _no_split_modules = ["FocusingBlock", "FocusingBlockV1", "SamplingBlock", "CortexBlock"]
     _keep_in_fp32_modules_strict = {"rois"}
+    # What a LLaVA-style directory holds beside its vision tower.
+    _keys_to_ignore_on_load_unexpected = [
+        r"^model\.language_model\.",
+        r"^model\.multi_modal_projector\.",
+        r"^lm_head\.",
+    ]
 
     def __init__(self, config: SparseFormerConfig) -> None:
         super().__init__(config)
@@ -188,7 +194,6 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
         saved, _ = SparseFormerConfig.get_config_dict(pretrained_model_name_or_path)
         if "vision_config" in saved:
             kwargs.setdefault("key_mapping", {r"^model\.vision_tower\.": ""})
-            kwargs.setdefault("ignored_key_prefixes", ("model.", "lm_head."))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod

@@ -1,7 +1,6 @@
 """Make `from_pretrained` strict: weights that do not fit exactly are refused, not completed with random ones."""
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from typing_extensions import Self
@@ -20,29 +19,24 @@ class StrictLoadingMixin:
             InputError: naming the keys.
         """
         with_info = kwargs.pop("output_loading_info", False)
-        ignored_prefixes = kwargs.pop("ignored_key_prefixes", ())
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
-        refuse_misfit(cls.__name__, pretrained_model_name_or_path, info, ignored_prefixes)
+        refuse_misfit(cls.__name__, pretrained_model_name_or_path, info)
         return (model, info) if with_info else model
 
 
-def refuse_misfit(
-    class_name: str, path: str | os.PathLike[str], loading_info: dict[str, Any], ignored_prefixes: Sequence[str] = ()
-) -> None:
+def refuse_misfit(class_name: str, path: str | os.PathLike[str], loading_info: dict[str, Any]) -> None:
     """Raise if a checkpoint did not fit its model exactly.
 
     Args:
         class_name: of the model, for the message.
         path: of the checkpoint, for the message.
         loading_info: what `from_pretrained(..., output_loading_info=True)` returns beside the model.
-        ignored_prefixes: keys of the checkpoint that start so may be left over.
 
     Raises:
         InputError: keys are missing, left over or of another shape; names them.
     """
-    unexpected = [key for key in loading_info["unexpected_keys"] if not key.startswith(tuple(ignored_prefixes))]
     other_shape = [
         f"{key} is {list(found)} instead of {list(expected)}"
         for key, found, expected in loading_info["mismatched_keys"]
@@ -51,7 +45,7 @@ def refuse_misfit(
         f"{len(keys)} {what} ({_some(keys)})"
         for what, keys in (
             ("missing keys", loading_info["missing_keys"]),
-            ("unexpected keys", unexpected),
+            ("unexpected keys", loading_info["unexpected_keys"]),
             ("keys of another shape", other_shape),
         )
         if keys

@@ -1,0 +1,33 @@
+"""The encoder comes back out of a multimodal directory, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sf_mllm import SparseFormerConfig, SparseFormerImageProcessor, SparseFormerModel
+from sf_mllm.errors import InputError
+from tests.tiny_vlm import make_sf_llava
+
+
+def test_tower_of_a_multimodal_directory(tmp_path: Path) -> None:
+    model, processor = make_sf_llava()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    encoder = SparseFormerModel.from_pretrained(tmp_path)
+    expected = model.model.vision_tower.state_dict()
+    assert encoder.state_dict().keys() == expected.keys()
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert SparseFormerConfig.from_pretrained(tmp_path).num_latents == encoder.config.num_latents
+    saved = SparseFormerImageProcessor.from_pretrained(tmp_path)
+    assert saved.to_dict() == processor.image_processor.to_dict()
+
+
+def test_a_missing_tower_weight_is_still_noticed(tmp_path: Path) -> None:
+    model, _ = make_sf_llava()
+    weights = model.state_dict()
+    del weights["model.vision_tower.norm.weight"]
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(InputError, match=r"norm\.weight"):
+        SparseFormerModel.from_pretrained(tmp_path)
