@@ -140,6 +140,8 @@ def _check_config(directory: Path) -> None:
                 f"'{directory}' holds a LoRA adapter without its model; "
                 "give the directory named model that stage two writes beside it."
             )
+        if (directory / "config.yaml").is_file():
+            raise InputError(f"'{directory}' is a run folder without a finished model that can answer; {_MAKE_ONE}.")
         raise InputError(f"Model directory '{directory}' has no config.json; {_MAKE_ONE}.")
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)

@@ -161,6 +161,11 @@ def test_adapter_given_by_mistake(tmp_path):
     assert "LoRA adapter without its model" in refusal(tmp_path)
 
 
+def test_run_folder_without_a_model(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    assert "run folder without a finished model" in refusal(tmp_path)
+
+
 def test_paths_that_are_no_model(tmp_path):
     assert "does not exist" in refusal(tmp_path / "nothing")
     assert "does not exist" in refusal("./nothing")

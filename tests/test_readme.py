@@ -1,0 +1,71 @@
+"""What the README tells people to type must work."""
+
+import re
+import shlex
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from sf_mllm.cli.arguments import parse_arguments
+from sf_mllm.cli.chat import COMMANDS
+from sf_mllm.config import load_run_config
+from sf_mllm.training.bootstrap_config import BootstrapConfig
+from sf_mllm.training.instruct_config import InstructConfig
+from tests.tiny_vlm import make_encoder, make_image, make_image_processor
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_links_lead_somewhere():
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if not target.startswith("https://")]
+    assert len(targets) > 8
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_command_exists(words):
+    if words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
+        if len(words) > 2:
+            schema = {"bootstrap_clip.sh": BootstrapConfig, "finetune_llava.sh": InstructConfig}[Path(words[1]).name]
+            load_run_config(schema, ROOT / words[2], words[3:])
+    else:
+        assert words[:3] == ["python", "-m", "sf_mllm.cli"]
+        assert parse_arguments(words[3:]).image == "photo.jpg"
+
+
+def test_every_chat_command_is_named():
+    assert [name for name in COMMANDS if name not in README and name != "/help"] == []
+
+
+def test_encoder_example_runs(tmp_path, monkeypatch):
+    encoder = make_encoder()
+    encoder.save_pretrained(tmp_path / "runs/eye/encoder")
+    make_image_processor().save_pretrained(tmp_path / "runs/eye/encoder")
+    make_image(0).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    code = next(block for block in blocks("python") if "from_pretrained" in block)
+    names: dict = {}
+    with torch.no_grad():
+        exec(code, names)
+    output = names["output"]
+    assert output.pooler_output.shape == (1, encoder.config.projection_size)
+    assert output.last_hidden_state.shape == (1, encoder.config.num_tokens, encoder.config.hidden_size)
+    assert output.rois[:, -1].shape == (1, encoder.config.num_latents, 4)
+
+
+def test_teacher_of_the_example_is_published():
+    name, tag = re.findall(r'create_model\("([^"]+)", pretrained="([^"]+)"\)', README)[0]
+    assert (name, tag) in open_clip.list_pretrained()
