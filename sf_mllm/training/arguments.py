@@ -34,6 +34,8 @@ def make_training_arguments(train: dict[str, Any], checkpoints: str | Path, seed
         InputError: a field is unknown (the nearest one is named), belongs to the run, or has an unusable value.
     """
     fields = TrainingArguments.__dataclass_fields__
+    # YAML reads a bare `no` as false; here it is the name of a strategy.
+    train = {key: "no" if value is False and key.endswith("_strategy") else value for key, value in train.items()}
     for key, value in train.items():
         if key in _SET_BY_THE_RUN:
             raise InputError(f"train.{key} cannot be set; {_SET_BY_THE_RUN[key]}.")

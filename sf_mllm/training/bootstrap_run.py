@@ -39,27 +39,37 @@ def run_bootstrap(config: BootstrapConfig) -> Path:
         return encoder_directory
     arguments = make_training_arguments(config.train, run.checkpoints, config.seed)
     with run.recording():
-        teacher = load_teacher(config.teacher)
-        student, report = build_student(config, teacher)
-        training, held_out = prepare_images(config, run)
-        trainer = BootstrapTrainer(
-            task=BootstrapTask(teacher, config.loss),
-            report=report,
-            inherited_learning_rate=config.inherited_learning_rate,
-            model=student,
-            args=arguments,
-            train_dataset=order_images(training, config, arguments),
-            eval_dataset=HeldOutImages(held_out, config.data.resolution),
-        )
+        trainer, report = build_trainer(config, run, arguments)
         report_progress(trainer, run)
         log_plan(run, trainer, report)
         trainer.train(resume_from_checkpoint=run.find_last_checkpoint())
-        agreement = measure_agreement(trainer)
+        run.update_record(
+            agreement=measure_agreement(trainer),
+            unreadable_images=trainer.train_dataset.files.num_unreadable + trainer.eval_dataset.files.num_unreadable,
+        )
         if trainer.is_world_process_zero():
-            save_encoder(student, teacher, config.data, encoder_directory)
-        run.update_record(agreement=agreement, unreadable_images=training.num_unreadable + held_out.num_unreadable)
+            save_encoder(trainer.model, trainer.task.teacher, config.data, encoder_directory)
     logger.info("Saved the encoder in %s", encoder_directory)
     return encoder_directory
+
+
+def build_trainer(
+    config: BootstrapConfig, run: RunFolder, arguments: TrainingArguments
+) -> tuple[BootstrapTrainer, InheritanceReport]:
+    """Put teacher, student and images together."""
+    teacher = load_teacher(config.teacher)
+    student, report = build_student(config, teacher)
+    training, held_out = prepare_images(config, run)
+    trainer = BootstrapTrainer(
+        task=BootstrapTask(teacher, config.loss),
+        inherited_names=frozenset(report.copied),
+        inherited_learning_rate=config.inherited_learning_rate,
+        model=student,
+        args=arguments,
+        train_dataset=order_images(training, config, arguments),
+        eval_dataset=HeldOutImages(held_out, config.data.resolution),
+    )
+    return trainer, report
 
 
 def build_student(config: BootstrapConfig, teacher: Teacher) -> tuple[SparseFormerModel, InheritanceReport]:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel, SparseFormerOutput
-from sf_mllm.encoder.weights_vit import InheritanceReport
 from sf_mllm.training.bootstrap_config import LossConfig
 from sf_mllm.training.losses import average_in_rois, embedding_loss, roi_hinge_loss, token_loss
 from sf_mllm.training.roi_statistics import describe_rois
@@ -94,17 +93,17 @@ class BootstrapTrainer(Trainer):
 
     Args:
         task: losses and teacher.
-        report: tells inherited from new parameters.
-        inherited_learning_rate: peak rate of the former; the latter use `args.learning_rate`.
+        inherited_names: parameters that come from the teacher.
+        inherited_learning_rate: their peak rate; the others use `args.learning_rate`.
         **kwargs: as for `Trainer`.
     """
 
     def __init__(
-        self, *, task: BootstrapTask, report: InheritanceReport, inherited_learning_rate: float, **kwargs: Any
+        self, *, task: BootstrapTask, inherited_names: frozenset[str], inherited_learning_rate: float, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.task = task
-        self.inherited_names = frozenset(report.copied)
+        self.inherited_names = inherited_names
         self.inherited_learning_rate = inherited_learning_rate
         # The loss is a mean over the micro-batch, so accumulation must divide it by the number of micro-batches.
         self.model_accepts_loss_kwargs = False

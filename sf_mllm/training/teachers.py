@@ -42,8 +42,9 @@ class OpenClipTeacher(nn.Module):
 
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
-        self.visual = clip.visual.eval().requires_grad_(False)
+        self.visual = clip.visual.requires_grad_(False)
         self.preprocessing = _read_preprocessing(self.visual.preprocess_cfg, self.visual.image_size)
+        self.eval()
 
     @property
     def vit(self) -> nn.Module:
@@ -64,8 +65,9 @@ class TimmTeacher(nn.Module):
 
     def __init__(self, vit: nn.Module) -> None:
         super().__init__()
-        self.vit = vit.eval().requires_grad_(False)
+        self.vit = vit.requires_grad_(False)
         self.preprocessing = _read_preprocessing(vit.pretrained_cfg, vit.patch_embed.img_size)
+        self.eval()
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> TeacherOutput:
@@ -111,7 +113,8 @@ def _load_open_clip(config: TeacherConfig) -> OpenClipTeacher:
         return OpenClipTeacher(open_clip.create_model(model, require_pretrained=True))
     _refuse_unknown(model, open_clip.list_models(), "open_clip")
     if config.pretrained is None:
-        return OpenClipTeacher(open_clip.create_model(model))
+        # Without weights nothing ties it to the CPU: under `torch.device("meta")` a size can be tried for free.
+        return OpenClipTeacher(open_clip.create_model(model, device=torch.get_default_device()))
     if not Path(config.pretrained).is_file():
         tags = open_clip.list_pretrained_tags_by_model(model)
         if config.pretrained not in tags:

@@ -1,0 +1,70 @@
+import math
+
+import pytest
+import torch
+
+from sf_mllm.training.losses import average_in_rois, embedding_loss, roi_hinge_loss, token_loss
+
+
+def test_embedding_loss_by_hand():
+    student = torch.tensor([[3.0, 0.0], [1.0, 1.0]])
+    teacher = torch.tensor([[0.5, 0.0], [0.0, -2.0]])  # cosines 1 and -1/sqrt(2), whatever the scale
+    assert embedding_loss(student, teacher).item() == pytest.approx((0 + 1 + 1 / math.sqrt(2)) / 2)
+
+
+def test_token_loss_by_hand():
+    latents = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]])
+    targets = torch.tensor([[[2.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]])  # cosines 1, 0, -1
+    assert token_loss(latents, targets).item() == pytest.approx(1.0)
+
+
+def test_token_loss_of_half_precision_is_computed_in_single():
+    latents = torch.tensor([[[1000.0, 1.0]]], dtype=torch.float16)  # the squared norm overflows fp16
+    assert token_loss(latents, latents.clone()).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_average_in_rois_of_a_ramp_is_the_center_inside_the_image():
+    """Pixel value = its own (x, y), so a mean over a box must read back the box's centre."""
+    side = 64
+    centers = (torch.arange(side) + 0.5) / side
+    ramp = torch.stack(torch.meshgrid(centers, centers, indexing="xy"))[None]  # [1, (x, y), H, W]
+    rois = torch.tensor(
+        [
+            [
+                [0.25, 0.5, 0.5, 0.9],
+                [0.5, 0.9, 0.25, 0.5],  # the same box, flipped
+                [-0.5, 0.2, 0.6, 0.4],  # leaves the image: only the part inside counts
+                [0.3, 0.3, 0.3, 0.3],  # a point
+            ]
+        ]
+    )
+    expected = torch.tensor([[[0.375, 0.7], [0.375, 0.7], [0.3, 0.3], [0.3, 0.3]]])
+    torch.testing.assert_close(average_in_rois(ramp, rois), expected, atol=1e-5, rtol=0)
+
+
+def test_average_in_rois_by_hand_on_a_checkerboard():
+    feature_map = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+    rois = torch.tensor([[[0.0, 0.0, 1.0, 1.0], [0.6, 0.0, 2.0, 0.2]]])
+    # 4 x 4 points read 1/8, 3/8, 5/8, 7/8 along each axis; the second box reads above and right of the last centres.
+    along_x = [0.6 + 0.4 * (i + 0.5) / 4 for i in range(4)]
+    right = sum(1 + min(max(2 * x - 0.5, 0), 1) for x in along_x) / 4
+    torch.testing.assert_close(average_in_rois(feature_map, rois), torch.tensor([[[2.5], [right]]]))
+
+
+def test_no_gradient_reaches_rois_but_it_reaches_features():
+    rois = torch.tensor([[[0.1, 0.2, 0.6, 0.7]]], requires_grad=True)
+    feature_map = torch.randn(1, 3, 4, 4, requires_grad=True)
+    average_in_rois(feature_map, rois).sum().backward()
+    assert rois.grad is None
+    assert feature_map.grad.abs().sum() > 0
+
+
+def test_roi_hinge_by_hand():
+    rois = torch.tensor([[[-0.2, 0.0, 0.5, 1.0], [0.9, 0.1, 1.3, 1.1]]])  # outside by .2, then by .3 and .1
+    assert roi_hinge_loss(rois).item() == pytest.approx(0.6 / 8)
+
+
+def test_roi_hinge_pulls_edges_back():
+    rois = torch.tensor([[-0.2, 0.5, 1.4, 0.9]], requires_grad=True)
+    roi_hinge_loss(rois).backward()
+    torch.testing.assert_close(rois.grad, torch.tensor([[-0.25, 0.0, 0.25, 0.0]]))
