@@ -1,0 +1,234 @@
+"""Questions about held-out scenes, answered from the image (`--model`) or, by a decoder alone, from a text.
+
+Protocol `scenes-qa-1`: scenes of 1-8 objects of a seed that nothing is trained on, three questions a scene, one
+question a conversation, greedy decoding. An answer is right if it equals the expected one up to letter case, outer
+white space and a final full stop; in a description the order of the objects does not matter, as objects in the same
+place have none. "majority" is the accuracy of always giving the type's most frequent answer.
+Commands: `python -m eval.scene_qa --model DIR`, `python -m eval.scene_qa --decoder DIR`.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sf_mllm.assets import resolve_demo
+from sf_mllm.constants import IMAGE_TOKEN
+from sf_mllm.errors import InputError, report_input_errors
+
+if TYPE_CHECKING:
+    from sf_mllm.data.scene_language import SceneObject
+    from sf_mllm.data.scene_questions import SceneQuestion
+
+HELD_OUT_SEED = 4_000_000_002
+"""Seed of the evaluation scenes; nothing is trained on it."""
+
+QUESTIONS_PER_SCENE = 3
+MAX_NEW_TOKENS = 128
+
+
+@dataclass
+class AskedScene:
+    """One question about one scene."""
+
+    index: int  # of the scene under the seed
+    objects: "Sequence[SceneObject]"
+    question: "SceneQuestion"
+
+
+@dataclass
+class QAResult:
+    """Score of one question type, or of all types with equal weight ("mean")."""
+
+    type: str
+    accuracy: float  # 0..1
+    majority: float  # accuracy of always giving the most frequent answer
+    samples: int
+
+
+def held_out_questions(count: int) -> list[AskedScene]:
+    """Return the first `count` questions about the held-out scenes, always the same ones."""
+    import torch
+
+    from sf_mllm.data.scene_language import objects_of
+    from sf_mllm.data.scene_questions import ask_questions
+    from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes
+    from sf_mllm.data.scenes import question_rng
+
+    asked: list[AskedScene] = []
+    config = ScenesConfig(seed=HELD_OUT_SEED)
+    scenes = objects_of(sample_scenes(torch.arange(count), config))  # one question a scene is the least there can be
+    for index, objects in enumerate(scenes):
+        for question in ask_questions(objects, question_rng(HELD_OUT_SEED, index), QUESTIONS_PER_SCENE):
+            asked.append(AskedScene(index, objects, question))
+        if len(asked) >= count:
+            break
+    return asked[:count]
+
+
+def is_right(question: "SceneQuestion", answer: str) -> bool:
+    """Tell whether an answer is the expected one by the rules of the protocol."""
+
+    def normal(text: str) -> Any:
+        text = text.strip().lower().removesuffix(".")
+        return sorted(text.replace(" and ", ", ").split(", ")) if question.type == "description" else text
+
+    return normal(answer) == normal(question.answer)
+
+
+def score(asked: Sequence[AskedScene], answers: Sequence[str]) -> list[QAResult]:
+    """Return accuracy and majority baseline of each type, in alphabetical order, then their mean."""
+    from sf_mllm.data.scene_questions import majority_baseline
+
+    hits: dict[str, list[bool]] = defaultdict(list)
+    for item, answer in zip(asked, answers, strict=True):
+        hits[item.question.type].append(is_right(item.question, answer))
+    baseline = majority_baseline(item.question for item in asked)
+    results = [
+        QAResult(kind, sum(found) / len(found), baseline[kind][1], len(found)) for kind, found in sorted(hits.items())
+    ]
+    mean = QAResult(
+        "mean",
+        sum(result.accuracy for result in results) / len(results),
+        sum(result.majority for result in results) / len(results),
+        len(asked),
+    )
+    return [*results, mean]
+
+
+def answer_from_images(model: Any, processor: Any, asked: Sequence[AskedScene], batch_size: int = 128) -> list[str]:
+    """Let an image-text model answer.
+
+    Args:
+        model: in eval mode, on its device.
+        processor: the model's.
+        asked: questions of `held_out_questions`; their scenes are rendered here.
+        batch_size: questions answered at once.
+    """
+    import torch
+
+    from sf_mllm.data.scene_render import render
+    from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes
+
+    config = ScenesConfig(seed=HELD_OUT_SEED)
+
+    def encode(batch: Sequence[AskedScene]) -> Any:
+        scenes = sample_scenes(torch.tensor([item.index for item in batch]), config)
+        images = list(render(scenes, config.image_size))
+        prompts = [_prompt(processor, f"{IMAGE_TOKEN}\n{item.question.question}") for item in batch]
+        return processor(images=images, text=prompts, padding=True, padding_side="left", return_tensors="pt")
+
+    return _answer(model, processor.tokenizer, encode, asked, batch_size)
+
+
+def answer_from_texts(model: Any, tokenizer: Any, asked: Sequence[AskedScene], batch_size: int = 256) -> list[str]:
+    """Let a text-only decoder answer from a description in the place of the image.
+
+    Args:
+        model: causal language model in eval mode, on its device.
+        tokenizer: the model's.
+        asked: questions of `held_out_questions`.
+        batch_size: questions answered at once.
+    """
+    from sf_mllm.data.scene_language import describe_for_reading
+    from sf_mllm.data.scenes import question_rng
+
+    def encode(batch: Sequence[AskedScene]) -> Any:
+        texts = [describe_for_reading(item.objects, question_rng(HELD_OUT_SEED, item.index)) for item in batch]
+        prompts = [
+            _prompt(tokenizer, f"{text}\n{item.question.question}") for text, item in zip(texts, batch, strict=True)
+        ]
+        return tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+
+    return _answer(model, tokenizer, encode, asked, batch_size)
+
+
+def format_results(results: Sequence[QAResult]) -> str:
+    """Return a table for people."""
+    lines = [f"{'type':<14}{'accuracy':>9}{'majority':>10}{'samples':>9}"]
+    lines += [f"{r.type:<14}{r.accuracy:>9.1%}{r.majority:>10.1%}{r.samples:>9}" for r in results]
+    return "\n".join(lines)
+
+
+def _prompt(renderer: Any, content: str) -> str:
+    return renderer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+
+
+def _answer(
+    model: Any,
+    tokenizer: Any,
+    encode: Callable[[Sequence[AskedScene]], Any],
+    asked: Sequence[AskedScene],
+    batch_size: int,
+) -> list[str]:
+    """Greedy answers in the order of `asked`; long answers share batches, so that short ones need not wait for them."""
+    import torch
+
+    order = sorted(range(len(asked)), key=lambda position: len(asked[position].question.answer))
+    answers = [""] * len(asked)
+    waiting = iter(order)
+    while batch := list(islice(waiting, batch_size)):
+        inputs = encode([asked[position] for position in batch]).to(model.device)
+        inputs.pop("token_type_ids", None)
+        with torch.inference_mode():
+            output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for position, text in zip(batch, texts, strict=True):
+            answers[position] = text.strip()
+    return answers
+
+
+@report_input_errors
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m eval.scene_qa", description="Questions about held-out scenes.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="model directory of stage two, or demo:sf_llava")
+    what.add_argument("--decoder", help="text-only decoder directory, or demo:decoder")
+    parser.add_argument("--questions", type=int, default=5000, help="default: 5000")
+    parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
+    parser.add_argument("--device", help="cuda, mps, cpu; default: the best there is")
+    parser.add_argument("--dtype", help="float32, bfloat16, float16; default: bfloat16 on cuda, else float32")
+    parser.add_argument("--failures", type=int, default=0, help="wrong answers to print (default: 0)")
+    parser.add_argument("--out", type=Path, help="JSON lines file that the results are appended to")
+    options = parser.parse_args(arguments)
+    if options.questions < 1 or options.batch_size < 1:
+        raise InputError("--questions and --batch-size must be at least 1.")
+
+    asked = held_out_questions(options.questions)
+    if options.model:
+        from sf_mllm.inference.loading import load_model
+
+        model, processor = load_model(options.model, options.device, options.dtype)
+        answers = answer_from_images(model, processor, asked, options.batch_size)
+    else:
+        from sf_mllm.inference.loading import choose_device, choose_dtype
+        from sf_mllm.training.instruct_parts import load_decoder
+
+        device = choose_device(options.device)
+        decoder, tokenizer = load_decoder(resolve_demo(options.decoder), choose_dtype(options.dtype, device))
+        answers = answer_from_texts(decoder.to(device).eval(), tokenizer, asked, options.batch_size)
+
+    results = score(asked, answers)
+    print(format_results(results))
+    wrong = [pair for pair in zip(asked, answers, strict=True) if not is_right(pair[0].question, pair[1])]
+    for item, answer in wrong[: options.failures]:
+        print(f"scene {item.index}: {item.question.question} -> {answer} (expected: {item.question.answer})")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("a", encoding="utf-8") as file:
+            for result in results:
+                row = {"model": options.model or options.decoder, "protocol": "scenes-qa-1", **asdict(result)}
+                file.write(json.dumps(row) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
