@@ -103,7 +103,7 @@ def evaluate(
     shift = torch.tensor(mean, device=device)[:, None, None]
     scale = torch.tensor(std, device=device)[:, None, None]
     results = []
-    with torch.inference_mode():
+    with torch.no_grad():
         for task in tasks:
             number_of = {text: number for number, text in enumerate(dict.fromkeys(chain.from_iterable(task.choices)))}
             texts = list(number_of)

@@ -65,6 +65,10 @@ def create_directory(directory: Path, config: dict[str, Any]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     build_tokenizer().save_pretrained(directory)
+    # transformers 5 writes a class name that version 4 does not know; the older name loads in both.
+    tokenizer_config = directory / "tokenizer_config.json"
+    values = json.loads(tokenizer_config.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    tokenizer_config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -37,7 +37,7 @@ from sf_mllm.errors import InputError, report_input_errors
 
 IMAGE_SIZE = 224
 WRONG_TEXTS = 3  # wrong versions of each caption
-PHASES = ((0.04, 1), (0.12, 2), (1.0, 8))  # (until this share of the run, most objects); mixed captions in the last
+PHASES = ((0.05, 1), (0.13, 2), (1.0, 8))  # (until this share of the run, most objects); mixed captions in the last
 PATCH_LOSS_WEIGHTS = (0.3, 0.03)  # at the start and at the end of the run
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05
@@ -210,6 +210,7 @@ def train(options: argparse.Namespace) -> list[ZeroShotResult]:
     create_directory(out, config)
     log_path = Path(options.log or f"{out}.jsonl")
     log_path.parent.mkdir(parents=True, exist_ok=True)
+    log_path.write_text("", encoding="utf-8")  # the directory is new, so a log of that name is an older run's
     torch.set_float32_matmul_precision("high")
     clip = build_model(config, options.seed)
     task = TeacherTask(clip).to(device)

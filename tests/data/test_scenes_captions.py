@@ -1,0 +1,161 @@
+import dataclasses
+
+import pytest
+import torch
+
+from sf_mllm.data.scene_captions import (
+    ANY,
+    BOS,
+    CONTEXT_LENGTH,
+    COUNT,
+    EOS,
+    LIST,
+    PAD,
+    RELATION,
+    WORDS,
+    Captions,
+    choose,
+    full_captions,
+    may_hold,
+    mixed_captions,
+    tokenize,
+    wrong_captions,
+)
+from sf_mllm.data.scene_language import objects_of
+from sf_mllm.data.scene_sampling import COLORS, PLACES, SHAPES, SIZES, Draws, ScenesConfig, concatenate, sample_scenes
+from tests.data.scene_oracle import caption_holds
+
+INDICES = torch.arange(500)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return sample_scenes(INDICES, ScenesConfig(seed=21))
+
+
+@pytest.fixture(scope="module")
+def captions(scenes):
+    return mixed_captions(scenes, Draws(5, INDICES))
+
+
+def in_words(captions: Captions) -> list[str]:
+    return [" ".join(WORDS[token] for token in row if WORDS[token][0] != "<") for row in tokenize(captions).tolist()]
+
+
+def make_caption(kind: int, phrases: list[dict[str, str]], number: int = ANY, relation: int = 0) -> Captions:
+    columns = {"size": SIZES, "color": COLORS, "shape": SHAPES, "place": PLACES}
+    phrase = torch.full((1, 8, 4), ANY)
+    for row, words in enumerate(phrases):
+        for column, (name, values) in enumerate(columns.items()):
+            if name in words:
+                phrase[0, row, column] = values.index(words[name])
+    return Captions(
+        kind=torch.tensor([kind]),
+        phrase=phrase,
+        used=torch.arange(8)[None] < max(len(phrases), 1),
+        number=torch.tensor([number]),
+        relation=torch.tensor([relation]),
+    )
+
+
+RED_CIRCLE = {"color": "red", "shape": "circle"}
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        (
+            make_caption(LIST, [RED_CIRCLE | {"size": "large", "place": "top"}, {"color": "blue"}]),
+            "large red circle top blue object",
+        ),
+        (make_caption(LIST, [RED_CIRCLE], number=1), "1 object red circle"),
+        (make_caption(LIST, [RED_CIRCLE, {"shape": "star"}], number=2), "2 objects red circle star"),
+        (make_caption(RELATION, [RED_CIRCLE, {"shape": "ring"}], relation=1), "red circle right of ring"),
+        (make_caption(RELATION, [{"size": "small"}, RED_CIRCLE], relation=2), "small object above red circle"),
+        (make_caption(COUNT, [{"color": "red", "shape": "cross"}], number=3), "3 red crosses"),
+        (make_caption(COUNT, [RED_CIRCLE], number=1), "1 red circle"),
+        (make_caption(COUNT, [{}], number=4), "4 objects"),
+    ],
+)
+def test_captions_in_words(caption, words):
+    assert in_words(caption) == [words]
+    tokens = tokenize(caption)[0].tolist()
+    length = len(words.split())
+    assert tokens[0] == BOS and tokens[length + 1] == EOS
+    assert tokens[length + 2 :] == [PAD] * (CONTEXT_LENGTH - length - 2)
+
+
+def test_every_caption_fits_the_context(scenes, captions):
+    longest = sample_scenes(INDICES, ScenesConfig(seed=21, min_objects=7))
+    tokens = tokenize(full_captions(longest, longest.count > 0))
+    assert tokens.shape == (500, CONTEXT_LENGTH)
+    assert ((tokens == EOS).sum(dim=1) == 1).all() and (tokens != PAD).sum(dim=1).max() == CONTEXT_LENGTH
+    assert len(set(WORDS)) == len(WORDS)
+
+
+def test_captions_are_true_and_of_all_kinds(scenes, captions):
+    shares = torch.bincount(captions.kind, minlength=3) / len(captions)
+    assert shares.min() > 0.1
+    objects = objects_of(scenes)
+    texts = in_words(captions)
+    assert all(caption_holds(text, items) for text, items in zip(texts, objects, strict=True))
+    assert may_hold(captions, scenes).all()
+
+
+def test_truth_agrees_with_reading_the_words(scenes, captions):
+    """Against permutations of objects: exact for relations and counts, never "false" for a true list."""
+    wrong = wrong_captions(captions, Draws(6, INDICES))
+    objects = objects_of(scenes)
+    some = torch.arange(0, 500, 12)
+    disagreements = 0
+    for group in (captions, wrong):
+        texts = in_words(group)
+        truth = may_hold(group, scenes, all_pairs=True)
+        torch.testing.assert_close(truth.diagonal(), may_hold(group, scenes), rtol=0, atol=0)
+        for text_index in some.tolist():
+            for scene_index in {text_index, *range(0, 500, 25)}:
+                if len(objects[scene_index]) > 6 and group.kind[text_index] == LIST:
+                    continue  # the reader tries all permutations
+                expected = caption_holds(texts[text_index], objects[scene_index])
+                found = truth[text_index, scene_index].item()
+                if group.kind[text_index] == LIST and found and not expected:
+                    disagreements += 1
+                else:
+                    assert found == expected, (texts[text_index], objects[scene_index])
+    assert disagreements <= 5
+
+
+def test_wrong_captions_change_one_thing(scenes, captions):
+    wrong = wrong_captions(captions, Draws(6, INDICES))
+    original, edited = in_words(captions), in_words(wrong)
+    changed = [a != b for a, b in zip(original, edited, strict=True)]
+    assert sum(changed) > 0.97 * len(changed)
+    for before, after in zip(original, edited, strict=True):
+        if len(before.split()) == len(after.split()):
+            differing = sum(a != b for a, b in zip(before.split(), after.split(), strict=True))
+            assert differing <= 2, (before, after)
+    assert may_hold(wrong, scenes).float().mean() < 0.1
+    objects = objects_of(scenes)
+    for index in (captions.kind != LIST).nonzero()[:, 0].tolist():
+        assert caption_holds(edited[index], objects[index]) == may_hold(wrong, scenes)[index].item()
+
+
+def test_exchanged_words_that_mean_the_same_are_no_negative():
+    scene = sample_scenes(torch.arange(1), ScenesConfig(seed=0, min_objects=2, max_objects=2))
+    color, shape = scene.color.clone(), scene.shape.clone()
+    color[0, :2] = torch.tensor([COLORS.index("red"), COLORS.index("blue")])
+    shape[0, :2] = SHAPES.index("star")
+    scene = dataclasses.replace(scene, color=color, shape=shape)
+    red, blue = {"color": "red"}, {"color": "blue"}
+    assert may_hold(make_caption(LIST, [blue, red]), scene).all()
+    assert not may_hold(make_caption(LIST, [red, red]), scene).any()  # there is one red object only
+    assert not may_hold(make_caption(LIST, [red, blue], number=3), scene).any()
+    assert may_hold(make_caption(COUNT, [{"shape": "star"}], number=2), scene).all()
+    left_of = make_caption(RELATION, [red, blue], relation=0)
+    assert may_hold(left_of, scene).item() == (scene.x[0, 0] < scene.x[0, 1]).item()
+
+
+def test_choose_takes_rows():
+    one, two = make_caption(LIST, [RED_CIRCLE]), make_caption(COUNT, [{}], number=4)
+    mixed = choose(torch.tensor([True, False]), concatenate((one, one)), concatenate((two, two)))
+    assert in_words(mixed) == ["red circle", "4 objects"]
