@@ -1,5 +1,6 @@
 """Which weights of an SFLlava train: low-rank adapters in the language model, the projector whole, nothing else."""
 
+import re
 from collections.abc import Iterable
 
 import torch
@@ -34,6 +35,11 @@ def add_adapters(model: SFLlavaForConditionalGeneration, *, rank: int, alpha: in
     """
     if rank < 1:
         raise InputError(f"The LoRA rank must be at least 1, got {rank}.")
+    if not any(re.fullmatch(LORA_TARGETS, name) for name, _ in model.named_modules()):
+        raise InputError(
+            f"The decoder, a {type(model.model.language_model).__name__}, has no layers of the names that LoRA is put "
+            f"on: {LORA_TARGETS}."
+        )
     model.model.multi_modal_projector.float()  # PEFT keeps its trained copy in the dtype it finds
     config = LoraConfig(
         r=rank,
@@ -43,15 +49,7 @@ def add_adapters(model: SFLlavaForConditionalGeneration, *, rank: int, alpha: in
         modules_to_save=[PROJECTOR],
         task_type="CAUSAL_LM",
     )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        if "Target modules" not in str(error):
-            raise
-        raise InputError(
-            f"The decoder, a {type(model.model.language_model).__name__}, has no layers of the names that LoRA is put "
-            f"on: {LORA_TARGETS}."
-        ) from error
+    return get_peft_model(model, config)
 
 
 def trained_parameter_groups(
