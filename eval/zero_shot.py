@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sf_mllm.data.scene_language import SceneObject
     from sf_mllm.data.scene_sampling import Scenes
 
+PROTOCOL = "scenes-zero-shot-1"
 HELD_OUT_SEED = 4_000_000_001
 """Seed of the evaluation scenes; nothing is trained on it."""
 
@@ -323,18 +324,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--encoder", help="SparseFormer directory to use as the image tower")
     parser.add_argument("--samples", type=int, default=512, help="per task (default: 512)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--output", type=Path, help="also append the results to this file, one JSON object a task")
+    parser.add_argument("--out", type=Path, help="JSON lines file that the results are appended to")
     options = parser.parse_args(arguments)
     results = evaluate_directory(options.clip, options.encoder, samples=options.samples, device=options.device)
     for item in results:
         print(
             f"{item.task:14} {100 * item.accuracy:5.1f} %   chance {100 * item.chance:4.1f} %   {item.samples} samples"
         )
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with options.output.open("a", encoding="utf-8") as file:
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("a", encoding="utf-8") as file:
             for item in results:
-                file.write(json.dumps({"clip": options.clip, "encoder": options.encoder, **asdict(item)}) + "\n")
+                row = {"clip": options.clip, "encoder": options.encoder, "protocol": PROTOCOL, **asdict(item)}
+                file.write(json.dumps(row) + "\n")
     return 0
 
 
