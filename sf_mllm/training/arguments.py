@@ -58,6 +58,7 @@ def make_training_arguments(train: dict[str, Any], checkpoints: str | Path, seed
         "logging_steps": 10,
         "logging_nan_inf_filter": False,  # a NaN must be seen, not replaced by the mean of the losses before it
         "save_total_limit": 2,
+        "ddp_find_unused_parameters": False,  # everything that trains takes part in every step
         "report_to": "none",
         "disable_tqdm": True,  # training/progress.py prints a line that also reads well in a log file
     }

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer
 
+from sf_mllm.data.images import HeldOutImages, TrainingImages
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel, SparseFormerOutput
 from sf_mllm.training.bootstrap_config import LossConfig
 from sf_mllm.training.losses import average_in_rois, embedding_loss, roi_hinge_loss, token_loss
@@ -56,7 +57,7 @@ class BootstrapTask:
             images: [B, 3, R, R], uint8.
 
         Returns:
-            Each loss, unweighted, by the name of its weight.
+            Each loss, unweighted, [B], by the name of its weight.
         """
         assert output.last_hidden_state is not None and output.pooler_output is not None and output.rois is not None
         target = self.teacher(self.normalise(images, self.teacher.preprocessing.image_size))
@@ -68,8 +69,8 @@ class BootstrapTask:
         }
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """Weighted sum."""
-        return torch.stack([getattr(self.weights, name) * loss for name, loss in losses.items()]).sum()
+        """Weighted sum, mean over images."""
+        return torch.stack([getattr(self.weights, name) * loss.mean() for name, loss in losses.items()]).sum()
 
     def normalise(self, images: Tensor, size: int | None = None) -> Tensor:
         """Turn uint8 images into the pixels that teacher and student were made for; they share mean and deviation.
@@ -98,6 +99,10 @@ class BootstrapTrainer(Trainer):
         **kwargs: as for `Trainer`.
     """
 
+    model: SparseFormerModel
+    train_dataset: TrainingImages
+    eval_dataset: HeldOutImages
+
     def __init__(
         self, *, task: BootstrapTask, inherited_names: frozenset[str], inherited_learning_rate: float, **kwargs: Any
     ) -> None:
@@ -122,31 +127,32 @@ class BootstrapTrainer(Trainer):
         with self._autocast():
             losses = self.task.losses(output, images)
         for name, loss in losses.items():
-            self._loss_sums[name] += loss.detach()
+            self._loss_sums[name] += loss.detach().mean()
         self._num_losses += 1
         total = self.task.total(losses)
         return (total, output) if return_outputs else total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each loss since the last log, and count epochs by images: the Trainer sees one long epoch."""
-        self.state.epoch = self.train_dataset.num_epochs * self.state.global_step / self.state.max_steps
+        self.state.epoch = self.train_dataset.num_epochs * self.state.global_step / self.args.max_steps
         if "loss" in logs and self._num_losses:
             for name, value in self._loss_sums.items():
-                logs[f"loss_{name}"] = value.item() / self._num_losses
+                logs[f"loss_{name}"] = self.accelerator.gather(value).mean().item() / self._num_losses
             self._loss_sums.clear()
             self._num_losses = 0
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Give inherited and new parameters their own rates, and leave biases and norms without weight decay."""
+        """Give inherited and new parameters their own rates, and decay weight matrices only."""
         if self.optimizer is None:
-            model = self.model if model is None else model
-            decays = set(self.get_decay_parameter_names(model))
+            student = self.model
+            # Start values (regions, embeddings, class token) are no weights: decay would pull regions to a corner.
+            decays = {name for name in self.get_decay_parameter_names(student) if name.endswith(".weight")}
             groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
-            for name, parameter in model.named_parameters():
+            for name, parameter in student.named_parameters():
                 if parameter.requires_grad:
                     groups[name in self.inherited_names, name in decays].append(parameter)
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, student)
             self.optimizer = optimizer_class(
                 [
                     {
@@ -166,20 +172,22 @@ class BootstrapTrainer(Trainer):
     ) -> dict[str, float]:
         """Measure agreement with the teacher and the behaviour of the regions on held-out images."""
         student = self.model.eval()
-        cosines: dict[str, list[Tensor]] = defaultdict(list)
-        rois, points = [], []
+        rows = defaultdict(list)
         for batch in self.get_eval_dataloader(eval_dataset):
-            images = batch["pixel_values"].to(self.args.device)
+            images = batch["pixel_values"]
             with self._autocast():
                 output = student(self.task.normalise(images), output_sampling_points=True)
                 losses = self.task.losses(output, images)
             for name in ("embedding", "tokens"):
-                cosines[name].append((1 - losses[name]).expand(len(images)))
-            rois.append(output.rois[:, -1])
-            points.append(torch.stack(output.sampling_points))
+                rows[name].append(1 - losses[name])
+            rows["rois"].append(output.rois[:, -1])
+            rows["points"].append(torch.stack(output.sampling_points, dim=1))  # [B, samplings, N, P, 2]
+            for values in rows.values():
+                values[-1] = self.accelerator.gather_for_metrics(values[-1].contiguous())
         student.train()
-        metrics = {f"{name}_cosine": torch.cat(values).mean().item() for name, values in cosines.items()}
-        metrics |= describe_rois(torch.cat(rois), tuple(torch.cat(points, dim=1)))
+        merged = {name: torch.cat(values) for name, values in rows.items()}
+        metrics = {f"{name}_cosine": merged[name].mean().item() for name in ("embedding", "tokens")}
+        metrics |= describe_rois(merged["rois"], merged["points"].unbind(1))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -187,8 +195,7 @@ class BootstrapTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         """Read in order: `TrainingImages` holds the whole run, already shuffled."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        return torch.utils.data.SequentialSampler(dataset)
+        return torch.utils.data.SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision that accelerate gives to the student's training forward, for what runs outside of it."""

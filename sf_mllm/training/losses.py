@@ -1,4 +1,4 @@
-"""What the bootstrap stage asks of a student, as plain functions. All compute in fp32 and return a scalar."""
+"""What the bootstrap stage asks of a student, as plain functions: in fp32, one value for each image."""
 
 import torch
 import torch.nn.functional as F
@@ -8,23 +8,29 @@ from sf_mllm.ops.sampling import sample_points
 
 
 def embedding_loss(student_embeddings: Tensor, teacher_embeddings: Tensor) -> Tensor:
-    """One minus the cosine between image embeddings, mean over the batch.
+    """One minus the cosine between image embeddings.
 
     Args:
         student_embeddings: [B, proj], any scale.
         teacher_embeddings: [B, proj].
+
+    Returns:
+        [B].
     """
-    return 1 - F.cosine_similarity(student_embeddings.float(), teacher_embeddings.float(), dim=-1).mean()
+    return 1 - F.cosine_similarity(student_embeddings.float(), teacher_embeddings.float(), dim=-1)
 
 
 def token_loss(latents: Tensor, targets: Tensor) -> Tensor:
-    """One minus the cosine between latent tokens and what the teacher sees at their place, mean over all tokens.
+    """One minus the cosine between latent tokens and what the teacher sees at their place.
 
     Args:
         latents: [B, N, D], normalised by the student's final norm.
         targets: [B, N, D], see `average_in_rois`.
+
+    Returns:
+        [B], means over tokens.
     """
-    return 1 - F.cosine_similarity(latents.float(), targets.float(), dim=-1).mean()
+    return 1 - F.cosine_similarity(latents.float(), targets.float(), dim=-1).mean(dim=-1)
 
 
 def average_in_rois(feature_map: Tensor, rois: Tensor, points_per_side: int = 4) -> Tensor:
@@ -49,9 +55,12 @@ def average_in_rois(feature_map: Tensor, rois: Tensor, points_per_side: int = 4)
 
 
 def roi_hinge_loss(rois: Tensor) -> Tensor:
-    """How far RoI edges lie outside the image, in image sizes: zero inside, linear outside; mean over all edges.
+    """How far RoI edges lie outside the image, in image sizes: zero inside, linear outside.
 
     Args:
-        rois: [..., 4], image-relative.
+        rois: [B, ..., 4], image-relative.
+
+    Returns:
+        [B], means over all edges.
     """
-    return (F.relu(-rois.float()) + F.relu(rois.float() - 1)).mean()
+    return (F.relu(-rois.float()) + F.relu(rois.float() - 1)).flatten(1).mean(dim=1)

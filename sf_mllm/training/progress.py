@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from transformers.utils.logging import disable_progress_bar
 
 from sf_mllm.config import write_text_atomically
-from sf_mllm.training.run_folder import RunFolder
+from sf_mllm.errors import InputError
+from sf_mllm.training.run_folder import RunFolder, is_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +27,13 @@ def report_progress(trainer: Trainer, run: RunFolder) -> None:
 
 
 def configure_logging() -> None:
-    """Show this package's log lines on stderr, without bars between them; for entry points only."""
+    """Show this package's log lines on stderr, without bars between them; for entry points only.
+
+    Of several processes only the main one tells more than warnings.
+    """
     disable_progress_bar()
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("sf_mllm").setLevel(logging.INFO)
+    logging.getLogger("sf_mllm").setLevel(logging.INFO if is_main_process() else logging.WARNING)
 
 
 class ProgressReporter(TrainerCallback):
@@ -59,7 +64,16 @@ class ProgressReporter(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append a row and log a line."""
+        """Append a row and log a line.
+
+        Raises:
+            InputError: the loss is not finite; going on would waste the rest of the run.
+        """
+        if logs and not math.isfinite(logs.get("loss", 0.0)):
+            raise InputError(
+                f"The loss is {logs['loss']} at step {state.global_step}; start a new run with a lower "
+                "train.learning_rate, or with train.bf16 in place of train.fp16."
+            )
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:  # the summary goes into run.json
             return
         row: dict[str, Any] = {"step": state.global_step, **logs}

@@ -1,9 +1,10 @@
 """Teachers of the bootstrap stage: open_clip CLIPs and timm ViTs behind one small interface."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import open_clip
 import timm
@@ -40,9 +41,12 @@ class Preprocessing:
 class OpenClipTeacher(nn.Module):
     """Image tower of an open_clip CLIP, frozen."""
 
-    def __init__(self, clip: nn.Module) -> None:
+    visual: Any
+
+    def __init__(self, clip: Any) -> None:
         super().__init__()
-        self.visual = clip.visual.requires_grad_(False)
+        self.visual = clip.visual
+        self.requires_grad_(False)
         self.preprocessing = _read_preprocessing(self.visual.preprocess_cfg, self.visual.image_size)
         self.eval()
 
@@ -61,11 +65,17 @@ class OpenClipTeacher(nn.Module):
 
 
 class TimmTeacher(nn.Module):
-    """A timm ViT, frozen; its embedding is what its head returns (the CLIP space for CLIP weights, else the logits)."""
+    """A timm `VisionTransformer`, frozen.
 
-    def __init__(self, vit: nn.Module) -> None:
+    Its embedding is what its head returns: the CLIP space for CLIP weights, else the logits.
+    """
+
+    vit: Any
+
+    def __init__(self, vit: Any) -> None:
         super().__init__()
-        self.vit = vit.requires_grad_(False)
+        self.vit = vit
+        self.requires_grad_(False)
         self.preprocessing = _read_preprocessing(vit.pretrained_cfg, vit.patch_embed.img_size)
         self.eval()
 
@@ -92,9 +102,8 @@ def load_teacher(config: TeacherConfig) -> Teacher:
             f"Teacher '{config.model}' has no weights: set teacher.pretrained to a tag or a local file "
             "(teacher.allow_random=true takes random weights, for tests)."
         )
-    load = {"open_clip": _load_open_clip, "timm": _load_timm}[config.source]
     try:
-        teacher = load(config)
+        teacher: Teacher = _LOADERS[config.source](config)
     except InputError:
         raise
     except Exception as error:  # both libraries, their file readers and the hub raise almost any type here
@@ -156,6 +165,9 @@ def _load_timm(config: TeacherConfig) -> TimmTeacher:
     return TimmTeacher(vit)
 
 
+_LOADERS: dict[str, Callable[[TeacherConfig], Teacher]] = {"open_clip": _load_open_clip, "timm": _load_timm}
+
+
 def _resolve(model: str) -> str:
     path = resolve_demo(model)
     return path if path == model else f"local-dir:{path}"
@@ -173,7 +185,7 @@ def _refuse_unknown(model: str, known: list[str], library: str) -> None:
         )
 
 
-def _read_preprocessing(settings: dict, image_size: int | tuple[int, int]) -> Preprocessing:
+def _read_preprocessing(settings: dict[str, Any], image_size: int | tuple[int, int]) -> Preprocessing:
     size = image_size if isinstance(image_size, int) else image_size[0]
     if not isinstance(image_size, int) and image_size[0] != image_size[1]:
         raise InputError(f"A teacher must see square images, this one sees {image_size[0]}x{image_size[1]}.")

@@ -167,9 +167,11 @@ def test_inherited_and_new_parts_have_their_own_rates(run_file):
     student = trainer.model
     assert found[id(student.cortex[0].attn.qkv.weight)] == (1e-4, 0.1)
     assert found[id(student.cortex[0].attn.qkv.bias)] == (1e-4, 0.0)
-    assert found[id(student.cls_token)][0] == 1e-4
+    assert found[id(student.cls_token)] == (1e-4, 0.0)
     assert found[id(student.stem.conv.weight)] == (3e-3, 0.1)
     assert found[id(student.focusing.narrow.norm1.weight)] == (3e-3, 0.0)
+    for start_value in (student.initial.rois, student.initial.embedding, student.focusing.stage_embedding):
+        assert found[id(start_value)] == (3e-3, 0.0)
     assert id(student.norm.weight) not in found
     assert len(found) == sum(p.requires_grad for p in student.parameters())
 

@@ -97,6 +97,18 @@ def test_rows_of_a_start_without_checkpoint_are_dropped(tmp_path):
     assert [row["step"] for row in read_rows(run)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    run = RunFolder.open(Config(), tmp_path)
+    trainer = Trainer(
+        model=Line(),
+        args=make_training_arguments({"max_steps": 6, "logging_steps": 2, "use_cpu": True}, run.checkpoints, seed=0),
+        train_dataset=[{"x": torch.tensor([float("nan"), 1.0])}] * 16,
+    )
+    report_progress(trainer, run)
+    with pytest.raises(InputError, match="The loss is nan at step 2"):
+        trainer.train()
+
+
 def test_incomplete_checkpoints_are_removed(tmp_path, caplog):
     run = RunFolder.open(Config(), tmp_path)
     assert run.find_last_checkpoint() is None
