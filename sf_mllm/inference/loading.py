@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from sf_mllm.assets import resolve_demo
+from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.strict_loading import refuse_misfit
 from sf_mllm.errors import InputError, first_line, nearest
 from sf_mllm.registration import register_auto_classes
@@ -123,8 +125,6 @@ def _locate(path: str) -> Path:
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise InputError(f"Model directory '{path}' does not exist; {_MAKE_ONE}, or a hub id of the form owner/name.")
 
-    from huggingface_hub import snapshot_download
-
     try:
         return Path(snapshot_download(path, allow_patterns=_HUB_PATTERNS))
     except (OSError, ValueError) as error:
@@ -147,7 +147,7 @@ def _check_config(directory: Path) -> None:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # strict configuration classes raise types of their own
         raise InputError(f"'{directory}/config.json' cannot be used: {first_line(error)}.") from error
-    if config.model_type == "sparseformer":
+    if config.model_type == SparseFormerConfig.model_type:
         raise InputError(f"'{directory}' is a vision encoder and cannot answer; {_MAKE_ONE} from it.")
     if not hasattr(config, "vision_config"):
         raise InputError(f"'{directory}' holds a '{config.model_type}' model, which does not read images; {_MAKE_ONE}.")
