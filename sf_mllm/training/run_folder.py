@@ -54,6 +54,9 @@ class RunFolder:
     def open(cls, config: Any, output_dir: str | Path) -> "RunFolder":
         """Create a run folder, or take up the one that an earlier start with the same configuration left.
 
+        A start that ended before its first checkpoint, for example because a path was mistyped, binds nobody: another
+        configuration may follow it.
+
         Args:
             config: the resolved run configuration, a dataclass.
             output_dir: the folder; made with its parents if missing.
@@ -69,9 +72,15 @@ class RunFolder:
             raise InputError(
                 f"Run folder '{run.path}' cannot be made: {error.strerror}; set output_dir to a writable folder."
             ) from error
-        if run.config_file.exists():
-            run._refuse_other_config(config)
-        elif is_main_process():
+        is_new = not run.config_file.exists()
+        differing = [] if is_new else run._differing_keys(config)
+        if differing and (run.is_complete or any(run.checkpoints.iterdir())):
+            raise InputError(
+                f"Run folder '{run.path}' holds a run with another configuration: {', '.join(differing)}; "
+                "give the same values to go on with it, or another output_dir to start a new run."
+            )
+        if (is_new or differing) and is_main_process():
+            run.record_file.unlink(missing_ok=True)
             dump_run_config(config, run.config_file)
         return run
 
@@ -165,20 +174,16 @@ class RunFolder:
                 peak_memory_gib=peak_memory_gib(),
             )
 
-    def _refuse_other_config(self, config: Any) -> None:
+    def _differing_keys(self, config: Any) -> list[str]:
+        """Say what changed against the stored configuration, one entry a key."""
         earlier = OmegaConf.to_container(OmegaConf.load(self.config_file))
         assert isinstance(earlier, dict)
         before, now = _flatten(earlier), _flatten(to_plain(config))
-        differing = [
+        return [
             f"{key} (was {before.get(key, 'not set')}, now {now.get(key, 'not set')})"
             for key in sorted(before.keys() | now.keys())
             if key not in _KEYS_FREE_TO_CHANGE and before.get(key) != now.get(key)
         ]
-        if differing:
-            raise InputError(
-                f"Run folder '{self.path}' holds a run with another configuration: {', '.join(differing)}; "
-                "give the same values to go on with it, or another output_dir to start a new run."
-            )
 
 
 @contextmanager

@@ -61,10 +61,21 @@ def read_rows(run):
 
 
 def test_the_same_configuration_goes_on_and_another_is_refused(tmp_path):
-    RunFolder.open(Config(), tmp_path / "run")
+    run = RunFolder.open(Config(), tmp_path / "run")
     RunFolder.open(Config(output_dir="moved"), tmp_path / "run")
+    (run.checkpoints / "checkpoint-2").mkdir()
     with pytest.raises(InputError, match=r"section\.rate \(was 0\.5, now 0\.25\), train\.max_steps \(was 6, now 7\);"):
         RunFolder.open(Config(section=Section(0.25), train={"max_steps": 7}), tmp_path / "run")
+
+
+def test_a_start_that_trained_nothing_may_be_corrected(tmp_path):
+    run = RunFolder.open(Config(), tmp_path / "run")
+    with pytest.raises(InputError), run.recording():
+        raise InputError("a path was mistyped")
+    run.update_record(data="of the mistyped path")
+    again = RunFolder.open(Config(section=Section(0.25)), tmp_path / "run")
+    assert again.record == {}
+    assert "rate: 0.25" in again.config_file.read_text()
 
 
 def test_a_file_in_the_place_of_the_folder_gets_one_sentence(tmp_path):
