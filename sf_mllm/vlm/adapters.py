@@ -1,6 +1,7 @@
 """Which weights of an SFLlava train: low-rank adapters in the language model, the projector whole, nothing else."""
 
 import re
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -49,7 +50,9 @@ def add_adapters(model: SFLlavaForConditionalGeneration, *, rank: int, alpha: in
         modules_to_save=[PROJECTOR],
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a deprecated attribute of transformers' models
+        return get_peft_model(model, config)
 
 
 def trained_parameter_groups(
