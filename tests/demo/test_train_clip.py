@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from scripts.demo.clip_model import WEIGHTS_FILE, build_model, build_tokenizer, model_config
+from scripts.demo.clip_step import WRONG_TEXTS, contrastive_losses, make_batch, patch_loss
 from scripts.demo.scene_supervision import make_twins, patch_owners
-from scripts.demo.train_clip import WRONG_TEXTS, contrastive_losses, main, make_batch, patch_loss
+from scripts.demo.train_clip import main
 from sf_mllm.data.scene_captions import PAD, WORDS, full_captions, may_hold, mixed_captions, tokenize
 from sf_mllm.data.scene_language import objects_of
 from sf_mllm.data.scene_sampling import MAX_OBJECTS, UNIT, Draws, ScenesConfig, sample_scenes

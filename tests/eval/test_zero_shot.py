@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from eval.zero_shot import build_tasks, evaluate, evaluate_directory, main
+from eval.scene_tasks import build_tasks
+from eval.zero_shot import evaluate, evaluate_directory, main
 from scripts.demo.clip_model import build_model, build_tokenizer, create_directory, model_config, save_weights
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
 from sf_mllm.data.scene_captions import full_captions, tokenize
