@@ -24,7 +24,8 @@ def provenance(device: str) -> dict[str, str]:
         device: torch device that did the work, for example "cuda" or "cpu".
     """
     name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU {platform.machine()}"
-    arguments = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv[0] else ["interactive"]
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["-m", module.name] if module else [Path(sys.argv[0]).name]
     return {
         "device": name,
         "torch": torch.__version__,
@@ -32,7 +33,7 @@ def provenance(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         "revision": _revision(),
         "date": datetime.date.today().isoformat(),
-        "command": f"python {shlex.join(arguments)}",
+        "command": f"python {shlex.join([*program, *sys.argv[1:]])}",
     }
 
 

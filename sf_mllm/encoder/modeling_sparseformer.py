@@ -60,7 +60,7 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
     config_class = SparseFormerConfig
     base_model_prefix = "sparseformer"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]  # transformers assigns tuples too
     supports_gradient_checkpointing = True
     # Attention over at most a few hundred tokens always runs through PyTorch's SDPA, which picks the kernel itself, so
     # whatever implementation a user asks for the language model is fine here.
@@ -153,7 +153,7 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
             return normed[:, first_latent:].mean(dim=1)
         return self.norm(tokens[:, first_latent:].mean(dim=1))
 
-    def get_input_embeddings(self) -> None:
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
         """Return None: there is no embedding of inputs, and activation checkpointing must not hook the stem."""
         return None
 
@@ -172,7 +172,8 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
         elif isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             bound = 1 / math.sqrt(module.weight[0].numel())
-            init.uniform_(module.bias, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, InitialLatents):
             init.trunc_normal_(module.embedding, std=1.0, a=-2.0, b=2.0)
             init.copy_(module.rois, ROI_LAYOUTS[self.config.initial_roi_layout](self.config.num_latents))
@@ -185,7 +186,7 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
             init.normal_(module.cls_token)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load an encoder directory, or the vision tower of a LLaVA-style directory.
 
         Raises:

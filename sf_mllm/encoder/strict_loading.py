@@ -3,8 +3,6 @@
 import os
 from typing import Any
 
-from typing_extensions import Self
-
 from sf_mllm.errors import InputError
 
 
@@ -12,7 +10,7 @@ class StrictLoadingMixin:
     """Put before `PreTrainedModel` in the bases of a model class."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does, but raise when keys are missing, left over or of another shape.
 
         Raises:
