@@ -1,5 +1,6 @@
 """Load what stage two joins: an encoder of ours and a language model of any family."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -8,10 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from sf_mllm.assets import resolve_demo
 from sf_mllm.data.chat import accept_image_content, stop_token
 from sf_mllm.data.chat_templates import load_chat_template
+from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.image_processing_sparseformer import SparseFormerImageProcessor
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.errors import InputError, first_line
 from sf_mllm.vlm.build import build_sf_llava
+from sf_mllm.vlm.configuration_sf_llava import SFLlavaConfig
 from sf_mllm.vlm.modeling_sf_llava import SFLlavaForConditionalGeneration
 from sf_mllm.vlm.processing_sf_llava import SFLlavaProcessor
 
@@ -34,6 +37,12 @@ def load_encoder(path: str, dtype: torch.dtype) -> tuple[SparseFormerModel, Spar
     else:
         raise InputError(f"Encoder directory '{directory}' has no config.json; is its run finished?")
     try:
+        kind = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind not in (SparseFormerConfig.model_type, SFLlavaConfig.model_type):
+            raise InputError(
+                f"Encoder directory '{directory}' holds a '{kind}' model, which is no SparseFormer; "
+                "give one written by scripts/bootstrap_clip.sh."
+            )
         encoder = SparseFormerModel.from_pretrained(directory, dtype=dtype)
         image_processor = SparseFormerImageProcessor.from_pretrained(directory)
     except InputError:

@@ -202,6 +202,8 @@ def test_rates_are_given_to_the_right_parameters(parts, tmp_path):
     ("changes", "reason"),
     [
         ({"encoder": "nowhere"}, "Encoder directory 'nowhere' does not exist"),
+        ({"encoder": "{parts}/decoder"}, "holds a 'llama' model, which is no SparseFormer"),
+        ({"decoder": "{parts}/encoder"}, "Decoder '.*' cannot be loaded: "),
         ({"decoder": "./nowhere"}, "Decoder directory './nowhere' does not exist"),
         (
             {"data.max_length": 20},
@@ -213,6 +215,7 @@ def test_rates_are_given_to_the_right_parameters(parts, tmp_path):
     ],
 )
 def test_what_cannot_be_used_is_refused(parts, tmp_path, changes, reason):
+    changes = {key: str(value).format(parts=parts) for key, value in changes.items()}
     with pytest.raises(InputError, match=reason):
         instruct_run.run_instruct(make_config(parts, tmp_path / "run", **changes))
 
