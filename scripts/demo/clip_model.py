@@ -91,14 +91,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(config: dict[str, Any], seed: int) -> nn.Module:
+def build_model(config: dict[str, Any], seed: int) -> open_clip.CLIP:
     """Build the model with fresh weights.
 
     open_clip leaves the image tower at PyTorch's defaults. Here it gets the initialisation of CLIP, and sin-cos
     positions at unit scale: at the usual small scale, learning places takes several times longer.
     """
     torch.manual_seed(seed)
-    model = open_clip.model.CLIP(**config["model_cfg"])
+    model = open_clip.CLIP(**config["model_cfg"])
     visual = model.visual
     width, layers = config["model_cfg"]["vision_cfg"]["width"], config["model_cfg"]["vision_cfg"]["layers"]
     for block in visual.transformer.resblocks:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from open_clip import CLIP
 from torch import Tensor, nn
 
 from scripts.demo.scene_supervision import make_twins, patch_owners
@@ -35,10 +36,13 @@ class Batch:
 class TeacherTask(nn.Module):
     """The CLIP with a linear head that says what each patch shows."""
 
-    def __init__(self, clip: nn.Module) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, clip: CLIP) -> None:
         super().__init__()
         self.clip = clip
-        self.patch_head = nn.Linear(clip.visual.ln_post.normalized_shape[0], sum(_PATCH_CLASSES))
+        self.patch_head = nn.Linear(clip.visual.proj.shape[0], sum(_PATCH_CLASSES))
         self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None] * 255, persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None] * 255, persistent=False)
 

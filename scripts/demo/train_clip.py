@@ -36,7 +36,8 @@ LOG_EVERY_STEPS = 50
 
 def build_optimizer(task: TeacherTask, device: str) -> torch.optim.AdamW:
     """Return AdamW; weight decay acts on matrices only, not on norms, biases, positions and embeddings."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in task.named_parameters():
         is_matrix = parameter.dim() >= 2 and "embedding" not in name
         (decayed if is_matrix else plain).append(parameter)
