@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -62,8 +63,11 @@ class ConversationDataset(Dataset):
         except InputError as error:
             raise InputError(f"Conversation '{conversation.id}': {error}") from error
 
-    def check(self) -> dict[str, int]:
+    def check(self, workers: int = 0) -> dict[str, int]:
         """Tokenise every row once, before any training, and refuse rows that could teach nothing.
+
+        Args:
+            workers: processes that tokenise; 0 does it in this one.
 
         Returns:
             Counts: rows, images, tokens, supervised tokens, rows that lose their end.
@@ -71,19 +75,17 @@ class ConversationDataset(Dataset):
         Raises:
             InputError: after truncation some rows have no token to learn or have lost visual tokens; counted, with ids.
         """
-        image_token_id: Any = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         counts = {"rows": len(self), "images": 0, "tokens": 0, "supervised_tokens": 0, "truncated_rows": 0}
         unusable = []
-        for index, conversation in enumerate(self.conversations):
-            whole = self.encode(index)
-            encoded = whole.truncated(self.max_length)
-            visual_tokens = self.image_seq_length * len(conversation.image_paths)
-            if encoded.num_supervised == 0 or encoded.input_ids.count(image_token_id) != visual_tokens:
+        loader = DataLoader(_Measured(self), batch_size=64, num_workers=workers, collate_fn=list)
+        for conversation, row in zip(self.conversations, chain.from_iterable(loader), strict=True):
+            num_images = len(conversation.image_paths)
+            if row.supervised_tokens == 0 or row.visual_tokens != num_images * self.image_seq_length:
                 unusable.append(conversation.id)
-            counts["images"] += len(conversation.image_paths)
-            counts["tokens"] += len(encoded.input_ids)
-            counts["supervised_tokens"] += encoded.num_supervised
-            counts["truncated_rows"] += len(whole.input_ids) > self.max_length
+            counts["images"] += num_images
+            counts["tokens"] += row.tokens
+            counts["supervised_tokens"] += row.supervised_tokens
+            counts["truncated_rows"] += row.is_truncated
         if unusable:
             ids = ", ".join(unusable[:_SHOWN_IDS]) + (", ..." if len(unusable) > _SHOWN_IDS else "")
             raise InputError(
@@ -98,3 +100,33 @@ class ConversationDataset(Dataset):
                 self.max_length,
             )
         return counts
+
+
+class _RowSize(NamedTuple):
+    """What is left of a row within the maximum length."""
+
+    tokens: int
+    supervised_tokens: int
+    visual_tokens: int
+    is_truncated: bool
+
+
+class _Measured(Dataset):
+    """The sizes of a dataset's rows; no image is opened."""
+
+    def __init__(self, dataset: ConversationDataset) -> None:
+        self.dataset = dataset
+        self.image_token_id: Any = dataset.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> _RowSize:
+        whole = self.dataset.encode(index)
+        kept = whole.truncated(self.dataset.max_length)
+        return _RowSize(
+            tokens=len(kept.input_ids),
+            supervised_tokens=kept.num_supervised,
+            visual_tokens=kept.input_ids.count(self.image_token_id),
+            is_truncated=len(whole.input_ids) > len(kept.input_ids),
+        )

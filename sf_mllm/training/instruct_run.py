@@ -2,7 +2,9 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SHOWN_ANSWERS = 5
 _MAX_NEW_TOKENS = 64
+_SCENES_PER_PROCESS = 2000  # fewer are drawn sooner than another process starts
 
 
 class InstructTrainer(Trainer):
@@ -78,8 +81,9 @@ def run_instruct(config: InstructConfig) -> Path:
         )
         report_progress(trainer, run)
         log_plan(run, trainer, model)
-        trainer.train(resume_from_checkpoint=run.find_last_checkpoint())
-        evaluation = trainer.evaluate()
+        with worker_errors_in_one_line():
+            trainer.train(resume_from_checkpoint=run.find_last_checkpoint())
+            evaluation = trainer.evaluate()
         run.update_record(held_out_loss=evaluation["eval_loss"])
         if trainer.is_world_process_zero():
             merged: Any = save_results(model, processor, config.save, run.path)
@@ -132,9 +136,23 @@ def prepare_data(
             max_length=config.data.max_length,
         )
 
-    counts = dataset(conversations).check()
+    with worker_errors_in_one_line():
+        counts = dataset(conversations).check(workers=int(config.train.get("dataloader_num_workers", 0)))
     run.update_record(data={"conversations": file, "sha256": digest, "held_out": config.data.held_out, **counts})
     return dataset(conversations[:num_training]), dataset(conversations[num_training:])
+
+
+@contextmanager
+def worker_errors_in_one_line() -> Iterator[None]:
+    """Turn bad input met by a data-loading process, such as a damaged image, back into its one sentence.
+
+    PyTorch raises it again here with the process's whole traceback as its message, the sentence being the last line.
+    """
+    try:
+        yield
+    except InputError as error:
+        sentence = str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
+        raise InputError(sentence) from error
 
 
 def draw_scenes(folder: Path, config: InstructConfig) -> tuple[str, str]:
@@ -142,7 +160,9 @@ def draw_scenes(folder: Path, config: InstructConfig) -> tuple[str, str]:
     from sf_mllm.data import scenes  # only runs on scenes need the renderer
 
     logger.info("Drawing %d scenes in %s", config.data.scenes_count, folder)
-    scenes.export_scenes(folder, count=config.data.scenes_count, seed=config.seed)
+    count = config.data.scenes_count
+    workers = min(os.cpu_count() or 1, 1 + count // _SCENES_PER_PROCESS)
+    scenes.export_scenes(folder, count=count, seed=config.seed, workers=workers)
     return str(folder / scenes.CONVERSATIONS_FILE), str(folder / scenes.IMAGE_FOLDER)
 
 

@@ -72,6 +72,7 @@ def test_images_of_different_sizes_are_refused():
 def test_the_check_counts_rows_images_and_tokens(conversations):
     dataset = make_dataset(conversations)
     rows = [dataset[index] for index in range(3)]
+    assert dataset.check(workers=1) == dataset.check()
     assert dataset.check() == {
         "rows": 3,
         "images": 3,

@@ -16,7 +16,7 @@ from tests.tiny_text import make_tokenizer
 from tests.tiny_vlm import make_image_processor
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "finetune").rglob("*.yaml"))
-FILLED_IN = ["encoder=somewhere", "data.conversations=some.json"]
+FILLED_IN = ["encoder=somewhere", "decoder=some/decoder", "data.conversations=some.json"]
 
 # The published shapes of the decoders that the configurations name.
 DECODERS = {
@@ -46,7 +46,7 @@ ADAPTERS = {
 
 
 def test_every_finetune_config_is_covered():
-    assert [path.stem for path in CONFIGS] == ["demo", *sorted(DECODERS)]
+    assert [path.stem for path in CONFIGS] == ["demo", "demo_model", *sorted(DECODERS)]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -54,7 +54,7 @@ def test_finetune_config_parses(path, tmp_path):
     config = load_run_config(InstructConfig, path, FILLED_IN)
     arguments = make_training_arguments(config.train, tmp_path, config.seed)
     assert len(path.read_text().splitlines()) <= 40
-    if path.stem != "demo":  # LLaVA-1.5's recipe
+    if path.stem in DECODERS:  # LLaVA-1.5's recipe
         assert arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps == 128
         assert (arguments.learning_rate, config.projector_learning_rate) == (2e-4, 2e-5)
         assert (config.lora.rank, config.lora.alpha, config.data.max_length) == (128, 256, 2048)

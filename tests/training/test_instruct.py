@@ -220,6 +220,23 @@ def test_what_cannot_be_used_is_refused(parts, tmp_path, changes, reason):
         instruct_run.run_instruct(make_config(parts, tmp_path / "run", **changes))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_named_in_one_sentence(parts, tmp_path, workers):
+    rows = json.loads((parts / "rows.json").read_text())
+    (tmp_path / "broken.png").write_bytes((parts / "0.png").read_bytes()[:200])
+    for row in rows:
+        if row.get("image") == ["0.png"]:
+            row["image"] = str(tmp_path / "broken.png")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    changes = {"data.conversations": tmp_path / "rows.json", "data.image_root": parts}
+    config = make_config(parts, tmp_path / "run", train={"dataloader_num_workers": workers}, **changes)
+    with pytest.raises(InputError) as caught:
+        instruct_run.run_instruct(config)
+    assert str(caught.value).startswith(f"Image file '{tmp_path}/broken.png' is damaged")
+    assert "\n" not in str(caught.value)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["outcome"].startswith("failed: Image file")
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
