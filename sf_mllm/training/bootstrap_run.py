@@ -34,7 +34,7 @@ def run_bootstrap(config: BootstrapConfig) -> Path:
     """
     run = RunFolder.open(config, config.output_dir)
     encoder_directory = run.path / "encoder"
-    if run.is_complete:
+    if run.is_complete and encoder_directory.is_dir():
         logger.info("This run is complete; its encoder is %s. Set another output_dir to train anew.", encoder_directory)
         return encoder_directory
     arguments = make_training_arguments(config.train, run.checkpoints, config.seed)

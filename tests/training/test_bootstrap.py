@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,10 @@ def test_a_run_from_yaml_to_an_encoder_directory(run_file, caplog):
     assert main([str(run_file), "train.max_steps=4"]) == 0  # the same command again leaves it as it is
     assert "This run is complete" in caplog.text
     torch.testing.assert_close(weights_of(run / "encoder"), before, rtol=0, atol=0)
+    shutil.rmtree(run / "encoder")  # as after a kill between the last checkpoint and the result
+    assert main([str(run_file), "train.max_steps=4"]) == 0
+    torch.testing.assert_close(weights_of(run / "encoder"), before, rtol=0, atol=0)
+    assert [row["step"] for row in rows_of(run)] == [2, 4, 4]
 
 
 def test_checkpoints_hold_the_student_only(run_file):
