@@ -8,7 +8,7 @@ Commands: `python -m eval.scene_qa --model DIR`, `python -m eval.scene_qa --deco
 """
 
 import argparse
-import json
+import hashlib
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 HELD_OUT_SEED = 4_000_000_002
 """Seed of the evaluation scenes; nothing is trained on it."""
 
+PROTOCOL = "scenes-qa-1"
 QUESTIONS_PER_SCENE = 3
 MAX_NEW_TOKENS = 128
 
@@ -197,23 +198,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="cuda, mps, cpu; default: the best there is")
     parser.add_argument("--dtype", help="float32, bfloat16, float16; default: bfloat16 on cuda, else float32")
     parser.add_argument("--failures", type=int, default=0, help="wrong answers to print (default: 0)")
-    parser.add_argument("--out", type=Path, help="JSON lines file that the results are appended to")
+    parser.add_argument("--rows", type=Path, help="folder whose scene_qa.csv the results are appended to")
     options = parser.parse_args(arguments)
     if options.questions < 1 or options.batch_size < 1:
         raise InputError("--questions and --batch-size must be at least 1.")
 
-    asked = held_out_questions(options.questions)
-    if options.model:
-        from sf_mllm.inference.loading import load_model
+    from sf_mllm.inference.loading import choose_device, choose_dtype, load_model
+    from sf_mllm.training.instruct_parts import load_decoder
 
+    asked = held_out_questions(options.questions)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    if options.model:
         model, processor = load_model(options.model, options.device, options.dtype)
         answers = answer_from_images(model, processor, asked, options.batch_size)
     else:
-        from sf_mllm.inference.loading import choose_device, choose_dtype
-        from sf_mllm.training.instruct_parts import load_decoder
-
-        device = choose_device(options.device)
-        decoder, tokenizer = load_decoder(resolve_demo(options.decoder), choose_dtype(options.dtype, device))
+        decoder, tokenizer = load_decoder(options.decoder, dtype)
         answers = answer_from_texts(decoder.to(device).eval(), tokenizer, asked, options.batch_size)
 
     results = score(asked, answers)
@@ -221,13 +221,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = [pair for pair in zip(asked, answers, strict=True) if not is_right(pair[0].question, pair[1])]
     for item, answer in wrong[: options.failures]:
         print(f"scene {item.index}: {item.question.question} -> {answer} (expected: {item.question.answer})")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a", encoding="utf-8") as file:
-            for result in results:
-                row = {"model": options.model or options.decoder, "protocol": "scenes-qa-1", **asdict(result)}
-                file.write(json.dumps(row) + "\n")
+    if options.rows:
+        from eval.rows import append_rows
+
+        source = options.model or options.decoder
+        row = {
+            "model": source,
+            "weights_sha256": _digest_weights(Path(resolve_demo(source))),
+            "reads": "image" if options.model else "text",
+            "protocol": PROTOCOL,
+            "precision": str(dtype).removeprefix("torch."),
+        }
+        append_rows("scene_qa", [{**row, **asdict(result)} for result in results], device.type, options.rows)
     return 0
+
+
+def _digest_weights(directory: Path) -> str:
+    """Return the first digits of the SHA-256 of the weight files; "unknown" for a model on the hub."""
+    files = sorted(directory.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12] if files else "unknown"
 
 
 if __name__ == "__main__":

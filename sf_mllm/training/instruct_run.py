@@ -64,7 +64,7 @@ def run_instruct(config: InstructConfig) -> Path:
     """
     run = RunFolder.open(config, config.output_dir)
     model_directory = run.path / "model"
-    if run.is_complete:
+    if run.is_complete and model_directory.is_dir():
         logger.info("This run is complete; set another output_dir to train anew. %s", _chat_hint(model_directory))
         return model_directory
     arguments = make_training_arguments(config.train, run.checkpoints, config.seed)

@@ -1,4 +1,5 @@
-import json
+import csv
+import hashlib
 import random
 
 import pytest
@@ -70,10 +71,14 @@ def test_the_command_writes_one_row_a_type(tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     arguments = ["--model", str(tmp_path / "model"), "--questions", "12", "--device", "cpu"]
-    assert main([*arguments, "--out", str(tmp_path / "rows.jsonl"), "--failures", "1"]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert main([*arguments, "--rows", str(tmp_path), "--failures", "1"]) == 0
+    with (tmp_path / "scene_qa.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
     assert rows[-1]["type"] == "mean"
-    assert sum(row["samples"] for row in rows[:-1]) == rows[-1]["samples"] == 12
-    assert all(row["protocol"] == "scenes-qa-1" for row in rows)
+    assert sum(int(row["samples"]) for row in rows[:-1]) == int(rows[-1]["samples"]) == 12
+    weights = hashlib.sha256((tmp_path / "model" / "model.safetensors").read_bytes()).hexdigest()
+    for row in rows:
+        assert (row["protocol"], row["reads"], row["precision"]) == ("scenes-qa-1", "image", "float32")
+        assert row["weights_sha256"] == weights[:12]
     assert "expected:" in capsys.readouterr().out
     assert main(["--model", str(tmp_path / "gone"), "--questions", "3"]) == 2
