@@ -118,7 +118,7 @@ def draw_scenes(folder: Path, config: BootstrapConfig) -> None:
     """Export the built-in scenes as an image folder, unless they are there."""
     from sf_mllm.data.scenes import export_scenes  # only runs on scenes need the renderer
 
-    logger.info("Drawing %d scenes in %s", config.data.scenes_count, folder)
+    logger.info("Using %d built-in scenes in %s", config.data.scenes_count, folder)
     export_scenes(folder, count=config.data.scenes_count, seed=config.seed)
 
 
