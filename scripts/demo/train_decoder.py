@@ -84,14 +84,17 @@ class Budget:
 
 
 class StopWhenSpent(TrainerCallback):
-    """Ends training when the time is up."""
+    """Ends training when the time is up; until then, keeps the expected number of steps right for the progress line."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask the Trainer to stop."""
-        control.should_training_stop |= self.budget.spent(state.global_step) >= 1
+        """Stop, or estimate how many steps the time allows."""
+        spent = self.budget.spent(state.global_step)
+        control.should_training_stop |= spent >= 1
+        if self.budget.seconds is not None:
+            state.max_steps = max(round(state.global_step / spent), state.global_step)
 
 
 class DecoderTrainer(Trainer):
