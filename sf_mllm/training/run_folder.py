@@ -54,6 +54,8 @@ class RunFolder:
     def open(cls, config: Any, output_dir: str | Path) -> "RunFolder":
         """Create a run folder, or take up the one that an earlier start with the same configuration left.
 
+        A start that did not get as far as a checkpoint leaves nothing to go on with; its configuration is replaced.
+
         A start that ended before its first checkpoint, for example because a path was mistyped, binds nobody: another
         configuration may follow it.
 
@@ -107,7 +109,10 @@ class RunFolder:
     @property
     def record(self) -> dict[str, Any]:
         """Content of `run.json`; empty before the first start."""
-        return json.loads(self.record_file.read_text(encoding="utf-8")) if self.record_file.exists() else {}
+        try:
+            return json.loads(self.record_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
 
     @property
     def is_complete(self) -> bool:
