@@ -163,6 +163,7 @@ def train(options: argparse.Namespace) -> None:
     trainer.train()
 
     model.half()
+    model.config.use_cache = True  # the Trainer switched it off for training
     with write_directory_atomically(out) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -204,7 +204,9 @@ def save_results(
     """Write the adapter alone, then the merged model with all it needs; return the merged model in eval mode."""
     with write_directory_atomically(folder / "adapter") as temporary:
         model.save_pretrained(str(temporary))
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
     merged = cast_weights(merge_adapters(model), getattr(torch, save.dtype))
+    merged.config.use_cache = True  # the Trainer switched it off for training
     with write_directory_atomically(folder / "model") as temporary:
         merged.save_pretrained(temporary, max_shard_size=save.max_shard_size)
         processor.save_pretrained(temporary)

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +61,8 @@ def build_sf_llava(
     tokenizer.chat_template = chat_template
 
     config = SFLlavaConfig(
-        vision_config=encoder.config.to_dict(),
-        text_config=decoder.config.to_dict(),
+        vision_config=_describe(encoder),
+        text_config=_describe(decoder),
         image_token_index=image_token_id,
         tie_word_embeddings=decoder.config.tie_word_embeddings,
         encoder_sha256=fingerprint(encoder),
@@ -101,14 +102,22 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def cast_weights(model: SFLlavaForConditionalGeneration, dtype: torch.dtype) -> SFLlavaForConditionalGeneration:
     """Cast weights in place, except those that the model keeps in float32 (coordinates), and return the model."""
     kept = tuple(model._keep_in_fp32_modules_strict or ())
     for name, parameter in model.named_parameters():
         if not any(part in kept for part in name.split(".")):
             parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
+    for config in (model.config, model.config.vision_config, model.config.text_config):
+        config.dtype = dtype  # type: ignore[union-attr]  # both are configurations by now
     return model
+
+
+def _describe(part: PreTrainedModel) -> dict[str, Any]:
+    """Return a part's configuration as fields, without the path it was loaded from, which means nothing elsewhere."""
+    fields = part.config.to_dict()
+    fields.pop("_name_or_path", None)
+    return fields
 
 
 def _add_image_token(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

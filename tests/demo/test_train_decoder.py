@@ -65,6 +65,7 @@ def test_a_tiny_run_learns_saves_and_measures(tmp_path, length):
     assert main(["--out", str(out), *length, *size, *data, "--learning-rate", "1e-2"]) == 0
     decoder, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert decoder.dtype == torch.float16
+    assert decoder.config.use_cache
     assert decoder.lm_head.weight is decoder.model.embed_tokens.weight
     assert len(tokenizer) == decoder.config.vocab_size == VOCABULARY_SIZE
     rows = [json.loads(line) for line in (tmp_path / "decoder.metrics.jsonl").read_text().splitlines()]

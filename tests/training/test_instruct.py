@@ -143,6 +143,19 @@ def test_training_lowers_the_loss_and_records_what_it_used(finished):
     assert record["held_out_loss"] > 0
 
 
+def test_the_directory_says_nothing_about_this_machine_and_generates_with_a_cache(finished):
+    folder, _ = finished
+    config = json.loads((folder / "model" / "config.json").read_text())
+    assert config["dtype"] == config["text_config"]["dtype"] == config["vision_config"]["dtype"] == "float32"
+    assert config.get("use_cache", True)
+    assert sorted(path.name for path in (folder / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    for file in [*(folder / "model").glob("*.json"), *(folder / "adapter").glob("*.json")]:
+        assert str(folder.parent.parent) not in file.read_text(), file
+
+
 def test_only_projector_and_adapters_differ_from_the_parts(finished, parts):
     folder, _ = finished
     model = load_file(folder / "model" / "model.safetensors")
