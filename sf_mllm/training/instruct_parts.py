@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from sf_mllm.data.chat_templates import load_chat_template
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.image_processing_sparseformer import SparseFormerImageProcessor
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
+from sf_mllm.encoder.strict_loading import refuse_misfit
 from sf_mllm.errors import InputError, first_line
 from sf_mllm.vlm.build import build_sf_llava
 from sf_mllm.vlm.configuration_sf_llava import SFLlavaConfig
@@ -64,10 +66,13 @@ def load_decoder(name_or_path: str, dtype: torch.dtype) -> tuple[PreTrainedModel
             f"Decoder directory '{source}' does not exist; give a directory or a hub id such as owner/name."
         )
     try:
-        decoder = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise InputError(f"Decoder '{source}' cannot be loaded: {first_line(error)}.") from error
+    decoder, report = loaded
+    # Published checkpoints often hold left-over buffers, which do no harm; what is missing would be random.
+    refuse_misfit(type(decoder).__name__, source, {**report, "unexpected_keys": ()})
     return decoder, tokenizer
 
 

@@ -70,7 +70,7 @@ def run_instruct(config: InstructConfig) -> Path:
     arguments = make_training_arguments(config.train, run.checkpoints, config.seed)
     with run.recording():
         model, processor = build_model(config)
-        training, held_out = prepare_data(config, run, processor)
+        training, held_out, counts = prepare_data(config, run, processor)
         trainer = InstructTrainer(
             projector_learning_rate=config.projector_learning_rate,
             model=model,
@@ -80,7 +80,7 @@ def run_instruct(config: InstructConfig) -> Path:
             data_collator=ConversationCollator(processor.tokenizer.pad_token_id),
         )
         report_progress(trainer, run)
-        log_plan(run, trainer, model)
+        log_plan(run, trainer, model, counts)
         with worker_errors_in_one_line():
             trainer.train(resume_from_checkpoint=run.find_last_checkpoint())
             evaluation = trainer.evaluate()
@@ -106,8 +106,11 @@ def build_model(config: InstructConfig) -> tuple[PeftModel, SFLlavaProcessor]:
 
 def prepare_data(
     config: InstructConfig, run: RunFolder, processor: SFLlavaProcessor
-) -> tuple[ConversationDataset, ConversationDataset]:
+) -> tuple[ConversationDataset, ConversationDataset, dict[str, int]]:
     """Read and check all conversations and split off the held-out ones at the end.
+
+    Returns:
+        Training data, held-out data, and the counts of both together.
 
     Raises:
         InputError: the file cannot be used, changed since the run began, or holds rows that teach nothing.
@@ -139,7 +142,7 @@ def prepare_data(
     with worker_errors_in_one_line():
         counts = dataset(conversations).check(workers=int(config.train.get("dataloader_num_workers", 0)))
     run.update_record(data={"conversations": file, "sha256": digest, "held_out": config.data.held_out, **counts})
-    return dataset(conversations[:num_training]), dataset(conversations[num_training:])
+    return dataset(conversations[:num_training]), dataset(conversations[num_training:]), counts
 
 
 @contextmanager
@@ -166,12 +169,12 @@ def draw_scenes(folder: Path, config: InstructConfig) -> tuple[str, str]:
     return str(folder / scenes.CONVERSATIONS_FILE), str(folder / scenes.IMAGE_FOLDER)
 
 
-def log_plan(run: RunFolder, trainer: Trainer, model: PeftModel) -> None:
+def log_plan(run: RunFolder, trainer: Trainer, model: PeftModel, data: dict[str, int]) -> None:
     """Say and record what will happen."""
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     config: Any = model.get_base_model().config
     arguments = trainer.args
-    counts = {
+    plan = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameters_of_projector": sum(count for name, count in trained.items() if PROJECTOR in name),
         "parameters_of_adapters": sum(count for name, count in trained.items() if PROJECTOR not in name),
@@ -179,14 +182,13 @@ def log_plan(run: RunFolder, trainer: Trainer, model: PeftModel) -> None:
         "encoder_sha256": config.encoder_sha256,
         "global_batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
     }
-    run.update_record(**counts)
-    data = run.record["data"]
+    run.update_record(**plan)
     logger.info(
         "%d tokens an image; %.1fM parameters, of which %.2fM (projector) and %.2fM (adapters) train, on %s.",
-        counts["tokens_per_image"],
-        counts["parameters"] / 1e6,
-        counts["parameters_of_projector"] / 1e6,
-        counts["parameters_of_adapters"] / 1e6,
+        plan["tokens_per_image"],
+        plan["parameters"] / 1e6,
+        plan["parameters_of_projector"] / 1e6,
+        plan["parameters_of_adapters"] / 1e6,
         arguments.device,
     )
     logger.info(
@@ -194,7 +196,7 @@ def log_plan(run: RunFolder, trainer: Trainer, model: PeftModel) -> None:
         data["rows"],
         data["images"],
         data["tokens"] / data["rows"],
-        counts["global_batch_size"],
+        plan["global_batch_size"],
     )
 
 

@@ -1,9 +1,10 @@
 import json
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from sf_mllm import register_auto_classes
@@ -192,6 +193,15 @@ def test_a_finished_run_is_left_alone_and_another_configuration_is_refused(finis
     assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(InputError, match=r"lora\.rank"):
         instruct_run.run_instruct(make_config(parts, folder, train={"max_steps": 30}, **{"lora.rank": 8}))
+
+
+def test_a_decoder_with_missing_weights_is_refused(parts, tmp_path):
+    shutil.copytree(parts / "decoder", tmp_path / "decoder")
+    weights = load_file(tmp_path / "decoder" / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights | {"left.over": torch.zeros(1)}, tmp_path / "decoder" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"do not fit a LlamaForCausalLM: 1 missing keys \(model\.norm\.weight\);"):
+        instruct_run.build_model(make_config(parts, tmp_path / "run", decoder=tmp_path / "decoder"))
 
 
 def test_rates_are_given_to_the_right_parameters(parts, tmp_path):
