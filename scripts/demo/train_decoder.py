@@ -195,7 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=4, help="default: 4")
     parser.add_argument("--heads", type=int, default=4, help="default: 4")
     parser.add_argument("--questions", type=int, default=5000, help="held-out questions at the end (default: 5000)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that make data (default: cores)")
+    workers = min(os.cpu_count() or 1, 16)  # a container may see more cores than it may use
+    parser.add_argument("--workers", type=int, default=workers, help="processes that make data (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="default: the accelerator if any")
     parser.add_argument("--compile", action="store_true", help="compile the model")

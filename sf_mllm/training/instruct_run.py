@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SHOWN_ANSWERS = 5
 _MAX_NEW_TOKENS = 64
+_MAX_PROCESSES = 16  # each takes about a GiB of memory, and a container may see more cores than it may use
 _SCENES_PER_PROCESS = 2000  # fewer are drawn sooner than another process starts
 
 
@@ -164,7 +165,7 @@ def draw_scenes(folder: Path, config: InstructConfig) -> tuple[str, str]:
 
     logger.info("Drawing %d scenes in %s", config.data.scenes_count, folder)
     count = config.data.scenes_count
-    workers = min(os.cpu_count() or 1, 1 + count // _SCENES_PER_PROCESS)
+    workers = min(os.cpu_count() or 1, _MAX_PROCESSES, 1 + count // _SCENES_PER_PROCESS)
     scenes.export_scenes(folder, count=count, seed=config.seed, workers=workers)
     return str(folder / scenes.CONVERSATIONS_FILE), str(folder / scenes.IMAGE_FOLDER)
 
