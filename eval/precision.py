@@ -15,6 +15,7 @@ import torch
 
 from eval.rows import append_rows
 from sf_mllm import SparseFormerConfig, SparseFormerImageProcessor, SparseFormerModel, SparseFormerOutput
+from sf_mllm.assets import resolve_demo
 from sf_mllm.data.image_io import open_image
 from sf_mllm.encoder.layers import MatrixGenerator, ZeroStartLinear
 
@@ -22,20 +23,24 @@ MODES = ("bf16 autocast", "fp16 autocast", "bf16 model")
 
 
 def main() -> None:
-    """Measure and append rows to eval/results/precision.csv."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="published name (random weights) or encoder directory")
+    parser.add_argument(
+        "--model", required=True, help="published name (random weights), encoder directory or demo:sf_llava"
+    )
     parser.add_argument("--images", type=Path, help="folder of images; without it, low-frequency noise")
     parser.add_argument("--count", type=int, default=64, help="images (default 64)")
+    parser.add_argument("--rows", type=Path, help="folder whose precision.csv the results are appended to")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    trained = Path(arguments.model).is_dir()
-    model = (SparseFormerModel.from_pretrained(arguments.model) if trained else random_model(arguments.model)).eval()
-    model = model.float().to(arguments.device)
-    images = read_images(arguments.images, arguments.count, arguments.model if trained else None).to(arguments.device)
+    directory = resolve_demo(arguments.model)
+    trained = Path(directory).is_dir()
+    model = SparseFormerModel.from_pretrained(directory) if trained else random_model(arguments.model)
+    model = model.eval().float().to(arguments.device)
+    images = read_images(arguments.images, arguments.count, directory if trained else None).to(arguments.device)
     reference = run(model, images)
     rows = []
     for mode in MODES:
@@ -57,7 +62,8 @@ def main() -> None:
             )
             row = rows[-1]
             print(f"{mode:14} {field:18} max {row['max_abs_error']}  relative {row['relative_error']}")
-    print(append_rows("precision", rows, arguments.device))
+    if arguments.rows is not None:
+        append_rows("precision", rows, arguments.device, arguments.rows)
 
 
 @torch.no_grad()

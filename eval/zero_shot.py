@@ -6,7 +6,6 @@ and places to be bound to objects; a bag of words stays at chance there. Command
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -151,19 +150,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--encoder", help="SparseFormer directory to use as the image tower")
     parser.add_argument("--samples", type=int, default=512, help="per task (default: 512)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--out", type=Path, help="JSON lines file that the results are appended to")
+    parser.add_argument("--rows", type=Path, help="folder whose zero_shot.csv the results are appended to")
     options = parser.parse_args(arguments)
     results = evaluate_directory(options.clip, options.encoder, samples=options.samples, device=options.device)
     for item in results:
         print(
             f"{item.task:14} {100 * item.accuracy:5.1f} %   chance {100 * item.chance:4.1f} %   {item.samples} samples"
         )
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a", encoding="utf-8") as file:
-            for item in results:
-                row = {"clip": options.clip, "encoder": options.encoder, "protocol": PROTOCOL, **asdict(item)}
-                file.write(json.dumps(row) + "\n")
+    if options.rows is not None:
+        from eval.rows import append_rows
+
+        row = {"clip": options.clip, "encoder": options.encoder or "its own", "protocol": PROTOCOL}
+        append_rows("zero_shot", [{**row, **asdict(item)} for item in results], options.device, options.rows)
     return 0
 
 

@@ -72,8 +72,12 @@ class SparseFormerConfig(PreTrainedConfig):
     projection_bias: bool = False
     drop_path_rate: float = 0.0
 
-    def validate_architecture(self) -> None:
-        """Refuse sizes that cannot be built, with one sentence each; transformers calls it on every construction."""
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # Not a `validate_...` method: transformers would wrap the InputError in an exception of its own.
+        self._refuse_impossible_sizes()
+
+    def _refuse_impossible_sizes(self) -> None:
         if self.initial_roi_layout not in ROI_LAYOUTS:
             raise InputError(
                 f"initial_roi_layout '{self.initial_roi_layout}' is unknown."

@@ -279,7 +279,10 @@ def _has_shapes_of(state: dict[str, Tensor], config: SparseFormerConfig) -> bool
 
 
 def _family(operations: list[tuple[str, ...]]) -> Literal["bootstrapped", "v1"]:
-    layouts: dict[Literal["bootstrapped", "v1"], tuple] = {"v1": (V1_OPERATIONS, V1_OPERATIONS), "bootstrapped": (FOCUSING_OPERATIONS, SAMPLING_OPERATIONS)}
+    layouts: dict[Literal["bootstrapped", "v1"], tuple] = {
+        "v1": (V1_OPERATIONS, V1_OPERATIONS),
+        "bootstrapped": (FOCUSING_OPERATIONS, SAMPLING_OPERATIONS),
+    }
     for family, layout in layouts.items():
         if len(operations) > 2 and tuple(operations[:2]) == layout and set(operations[2:]) == {CORTEX_OPERATIONS}:
             return family

@@ -207,7 +207,10 @@ def write_directory_atomically(target: str | Path) -> Iterator[Path]:
         yield temporary
         if not any(temporary.iterdir()):
             raise RuntimeError(f"nothing was written for {target}")
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        # mkdtemp and safetensors make private files; a model is read by others as any file of this user is.
+        temporary.chmod(0o777 & ~_umask())
+        for path in temporary.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)

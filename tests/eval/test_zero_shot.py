@@ -1,4 +1,4 @@
-import json
+import csv
 
 import pytest
 import torch
@@ -121,12 +121,12 @@ def test_sparseformer_takes_the_place_of_the_image_tower(clip_directory, tmp_pat
 
     tiny_model().save_pretrained(tmp_path / "encoder")
     SparseFormerImageProcessor().save_pretrained(tmp_path / "encoder")
-    out = tmp_path / "results" / "zero_shot.jsonl"
     arguments = ["--clip", str(clip_directory), "--encoder", str(tmp_path / "encoder"), "--samples", "8"]
-    assert main([*arguments, "--out", str(out)]) == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert main([*arguments, "--rows", str(tmp_path)]) == 0
+    with (tmp_path / "zero_shot.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
     assert [row["task"] for row in rows] == list(CHANCE)
-    assert all(row["samples"] == 8 and 0 <= row["accuracy"] <= 1 for row in rows)
+    assert all(row["samples"] == "8" and 0 <= float(row["accuracy"]) <= 1 for row in rows)
     assert all(name in capsys.readouterr().out for name in ["retrieval"])
 
 
