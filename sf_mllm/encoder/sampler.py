@@ -20,9 +20,8 @@ def predict_in_fp32(tokens: Tensor, weight: Tensor) -> Tensor:
 
 
 def _autocast_off(device_type: str) -> AbstractContextManager:
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    # Asking `torch.amp.is_autocast_available` would break the graph of a compiled model on PyTorch 2.11.
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 class RoiSampler(nn.Module):

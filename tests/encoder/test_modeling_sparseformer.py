@@ -151,6 +151,16 @@ def test_activation_checkpointing_gives_the_same_gradients(family: str) -> None:
         torch.testing.assert_close(first, second)
 
 
+@pytest.mark.parametrize("family", ["bootstrapped", "v1"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_forward_is_one_graph_for_the_compiler(family: str, autocast: bool) -> None:
+    model = tiny_model(family)
+    images = torch.randn(2, 3, 40, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # traces, without a code generator
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        torch.testing.assert_close(compiled(images).last_hidden_state, model(images).last_hidden_state)
+
+
 def test_save_and_load_is_exact_and_safe(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path)
