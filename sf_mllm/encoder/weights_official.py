@@ -20,6 +20,14 @@ V1_OPERATIONS = ("ATTN", "ROI_ADJ", "SAMPLING_M", "MLP")
 FOCUSING_OPERATIONS = ("SAMPLING_M", "PE_INJECT", "ATTN", "MLP", "ROI_ADJ")
 SAMPLING_OPERATIONS = ("SAMPLING_M", "PE_INJECT")
 CORTEX_OPERATIONS = ("ATTN", "MLP")
+# What the official code assumes where `compatible_config` is silent and shapes do not tell.
+OFFICIAL_DEFAULTS: dict[str, Any] = {
+    "type_num_attn_heads": 2,
+    "pg_inner_dim": 0.25,
+    "ln_eps": 1e-5,
+    "clip_quick_gelu": False,
+    "grid_sample_config": {},
+}
 
 # Beginnings of names, official -> ours.
 TOP_NAMES = {
@@ -99,7 +107,7 @@ def config_from_official(official: dict[str, Any], state: dict[str, Tensor]) -> 
         InputError: a needed key is missing, or the configuration describes a layout that neither family has.
     """
     try:
-        compatible = official["compatible_config"]
+        compatible = {**OFFICIAL_DEFAULTS, **official["compatible_config"]}
         widths, repeats = list(official["width_configs"]), list(official["repeats"])
         operations = [tuple(str(operation) for operation in unit) for unit in official["ops_list"]]
         num_latents = official["num_latent_tokens"]
@@ -143,7 +151,7 @@ def config_from_official(official: dict[str, Any], state: dict[str, Tensor]) -> 
     def heads(width: int) -> int:
         return 64 if compatible["type_num_attn_heads"] == 1 else width // 64
 
-    activation = "quick_gelu" if compatible.get("clip_quick_gelu") else "gelu"
+    activation = "quick_gelu" if compatible["clip_quick_gelu"] else "gelu"
     projection = _get(state, "proj.weight")
     return SparseFormerConfig(
         family=family,

@@ -221,3 +221,12 @@ def test_equal_widths_have_no_transition_and_no_index_for_it() -> None:
 
 def re_index(key: str) -> str:
     return key.replace("layers.2.", "layers.1.").replace("layers.3.", "layers.2.")
+
+
+def test_what_a_configuration_leaves_out_has_the_official_defaults() -> None:
+    state, tensors, config = read_fixture("btsp_augreg_a")
+    for key in ("type_num_attn_heads", "ln_eps", "clip_quick_gelu", "grid_sample_config", "mixing_bias"):
+        del config["compatible_config"][key]
+    model = load_official_checkpoint(state, official_config=config)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tensors["input"]).pooler_output, tensors["output"], rtol=0, atol=1e-4)
