@@ -1,0 +1,87 @@
+"""Print the tables of README.md and of the demo model's card from eval/results: `python scripts/results_table.py`."""
+
+import csv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+QUESTION_EXAMPLES = {
+    "color": "What color is the circle?",
+    "shape": "What shape is the small red object?",
+    "size": "How big is the star?",
+    "count": "How many blue objects are there?",
+    "existence": "Is there a green heart?",
+    "position": "Where is the red square?",
+    "relation": "Is the moon left of the square?",
+    "comparison": "Are there more stars than rings?",
+    "description": "What do you see?",
+    "mean": "",
+}
+TASK_NAMES = {
+    "color": "colour",
+    "shape": "shape",
+    "size": "size",
+    "count": "count",
+    "one_attribute": "attribute of one object among several",
+    "swap": "colours of two objects swapped",
+    "position": "position",
+    "relation": "relation",
+}
+
+
+def read_rows(benchmark: str) -> list[dict[str, str]]:
+    """Return the rows of one results file; of rows measured again the last one counts."""
+    with (ROOT / "eval" / "results" / f"{benchmark}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def question_table() -> str:
+    """Questions about scenes: chat model, decoder alone, majority."""
+    rows = {(row["model"], row["type"]): row for row in read_rows("scene_qa")}
+    lines = [
+        "| question | example | from the image | from words | most frequent answer |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, example in QUESTION_EXAMPLES.items():
+        image, text = rows["demo:sf_llava", kind], rows["demo:decoder", kind]
+        figures = " | ".join(_percent(value) for value in (image["accuracy"], text["accuracy"], image["majority"]))
+        lines.append(f"| {kind} | {example} | {figures} |")
+    return "\n".join(lines)
+
+
+def zero_shot_table() -> str:
+    """Zero-shot tasks: teacher and encoder."""
+    rows = {(row["encoder"], row["task"]): row for row in read_rows("zero_shot")}
+    lines = ["| task | chance | teacher, 197 tokens | encoder, 49 tokens |", "|---|---|---|---|"]
+    for task, name in TASK_NAMES.items():
+        teacher, student = rows["its own", task], rows["demo:sf_llava", task]
+        figures = " | ".join(_percent(value) for value in (teacher["chance"], teacher["accuracy"], student["accuracy"]))
+        lines.append(f"| {name} | {figures} |")
+    return "\n".join(lines)
+
+
+def precision_table() -> str:
+    """Relative error of the encoder's outputs in reduced precision."""
+    rows = {(row["model"], row["mode"], row["field"]): row for row in read_rows("precision")}
+    models = {
+        "sparseformer_btsp_openai_clip_base": "base, random weights",
+        "sparseformer_btsp_openai_clip_large": "large, random weights",
+        "demo:sf_llava": "demo, trained",
+    }
+    lines = ["| encoder | mode | embedding | tokens | RoIs |", "|---|---|---|---|---|"]
+    for model, name in models.items():
+        for mode in ("bf16 autocast", "fp16 autocast", "bf16 model"):
+            errors = (
+                float(rows[model, mode, field]["relative_error"])
+                for field in ("pooler_output", "last_hidden_state", "rois")
+            )
+            lines.append(f"| {name} | {mode} | " + " | ".join(f"{100 * error:.2g} %" for error in errors) + " |")
+    return "\n".join(lines)
+
+
+def _percent(share: str) -> str:
+    return f"{100 * float(share):.1f} %"
+
+
+if __name__ == "__main__":
+    print(question_table(), zero_shot_table(), precision_table(), sep="\n\n")
