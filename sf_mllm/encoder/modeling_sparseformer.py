@@ -21,7 +21,8 @@ from sf_mllm.encoder.mixing import AdaptiveMixingV1
 from sf_mllm.encoder.sampler import InitialLatents, RoiSampler
 from sf_mllm.encoder.stem import Stem
 from sf_mllm.encoder.strict_loading import StrictLoadingMixin
-from sf_mllm.encoder.weights_vit import InheritanceReport, describe_vit, inherit_weights, size_for_vit
+from sf_mllm.encoder.vit_description import describe_vit
+from sf_mllm.encoder.weights_vit import InheritanceReport, inherit_weights, size_for_vit
 from sf_mllm.ops.roi import ROI_LAYOUTS
 
 FOCUSING_STAGES: dict[str, type[nn.Module]] = {"bootstrapped": FocusingStage, "v1": FocusingStageV1}

@@ -4,9 +4,12 @@ import open_clip
 import pytest
 import timm
 import torch
+from timm.layers import DiffAttention, GluMlp, RmsNorm, SwiGLU
+from timm.models.deit import VisionTransformerDistilled
 
 from sf_mllm import SparseFormerModel
-from sf_mllm.encoder.weights_vit import describe_vit, inherit_weights, size_for_vit
+from sf_mllm.encoder.vit_description import describe_vit
+from sf_mllm.encoder.weights_vit import inherit_weights, size_for_vit
 from sf_mllm.errors import InputError
 
 # Built on the meta device where only sizes matter; full-size weights are drawn for one block at a time.
@@ -30,8 +33,9 @@ def small_clip(**vision: object) -> torch.nn.Module:
 
 
 def small_timm(**changes: object) -> torch.nn.Module:
+    make = changes.pop("cls", timm.models.vision_transformer.VisionTransformer)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 4, "num_classes": 10}
-    return fill(timm.models.vision_transformer.VisionTransformer(**{**sizes, **changes}))
+    return fill(make(**{**sizes, **changes}))
 
 
 def blocks_of(teacher: torch.nn.Module) -> torch.nn.ModuleList:
@@ -100,6 +104,9 @@ def test_timm_blocks_norm_and_head(variant: str) -> None:
     student, report = SparseFormerModel.from_vit(teacher, num_hidden_layers=5, num_latents=9)
     student.eval()
     assert report.first_block == 1 and student.config.layer_norm_eps == 1e-6
+    taken = set(report.copied.values()) - {"zeros"}
+    assert taken | set(report.left_out) == set(dict(teacher.named_parameters()))
+    assert ("zeros" in report.copied.values()) == (variant == "no_qkv_bias")
     assert_blocks_agree(student, teacher, first=1)
     tokens = torch.randn(2, 9 + student.config.use_cls_token, 64)
     with torch.no_grad():
@@ -108,6 +115,44 @@ def test_timm_blocks_norm_and_head(variant: str) -> None:
         else:
             pooled = teacher.fc_norm(teacher.norm(tokens).mean(dim=1))
         torch.testing.assert_close(student.projection(student.pool(tokens, student.norm(tokens))), teacher.head(pooled))
+
+
+TRUNK_VARIANTS = {  # open_clip's settings of a timm image tower
+    "projection behind the trunk": {"timm_proj": "linear", "timm_pool": "token"},
+    "the trunk's own head projects": {"timm_proj": None, "timm_pool": "token"},
+    "mean pooling": {"timm_proj": "linear", "timm_proj_bias": True, "timm_pool": "avg"},
+    "no projection": {"timm_proj": "none", "timm_pool": "avg"},
+}
+
+
+@pytest.mark.parametrize("variant", TRUNK_VARIANTS)
+def test_open_clip_with_a_timm_trunk(variant: str) -> None:
+    """What stands behind the blocks must give the teacher's embedding, wherever open_clip keeps it."""
+    settings = TRUNK_VARIANTS[variant]
+    width = 64 if settings["timm_proj"] == "none" else 24
+    vision = {"timm_model_name": "test_vit", "image_size": 160, **settings}
+    text = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1}
+    teacher = fill(open_clip.CLIP(width, vision, text))
+    student, report = SparseFormerModel.from_vit(teacher)
+    student.eval()
+    assert set(report.copied.values()) | set(report.left_out) == set(dict(teacher.visual.named_parameters()))
+    trunk, pooling = teacher.visual.trunk, student.config.pooling
+    tokens = torch.randn(2, 1 + 9, 64)
+    with torch.no_grad():
+        normed = trunk.norm(tokens)
+        pooled = normed[:, 0] if pooling == "cls" else normed[:, 1:].mean(dim=1)
+        expected = teacher.visual.head(trunk.head(trunk.fc_norm(pooled)))
+        ours = tokens if student.config.use_cls_token else tokens[:, 1:]
+        torch.testing.assert_close(student.projection(student.pool(ours, student.norm(ours))), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_teacher_in_half_precision_gives_a_student_in_fp32(dtype: torch.dtype) -> None:
+    teacher = small_clip().requires_grad_(False).to(dtype)
+    student, _ = SparseFormerModel.from_vit(teacher)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    assert torch.equal(student.cortex[0].mlp.fc1.weight, blocks_of(teacher)[2].mlp.c_fc.weight.float())
 
 
 def test_class_token_starts_as_it_enters_the_teachers_first_block() -> None:
@@ -197,6 +242,13 @@ def _config(description):
         (lambda: small_timm(global_pool="map", class_token=False), "pools with attention"),
         (lambda: small_timm(qk_norm=True), "extra norms"),
         (lambda: small_timm(block_fn=timm.models.vision_transformer.ParallelScalingBlock), "ParallelScalingBlock"),
+        (lambda: small_timm(mlp_layer=GluMlp), "gated MLP"),
+        (lambda: small_timm(mlp_layer=SwiGLU, embed_dim=64), r"without mlp\.fc1"),
+        (lambda: small_timm(attn_layer=DiffAttention), "lambda_q1"),
+        (lambda: small_timm(norm_layer=RmsNorm), "RmsNorm"),
+        (lambda: small_timm(cls=VisionTransformerDistilled), "distillation"),
+        (lambda: timm.create_model("beit_base_patch16_224", depth=1), "Beit"),
+        (lambda: timm.create_model("samvit_base_patch16", depth=1, global_attn_indexes=()), "VisionTransformerSAM"),
         (lambda: timm.create_model("resnet18"), "ResNet"),
         (lambda: torch.nn.Linear(2, 2), "Linear"),
     ],
