@@ -61,7 +61,9 @@ class OpenClipTeacher(nn.Module):
         output = self.visual.forward_intermediates(
             pixel_values, indices=1, normalize_intermediates=True, output_fmt="NCHW"
         )
-        return TeacherOutput(output["image_features"], output["image_intermediates"][-1])
+        # Only a timm trunk has a norm that `normalize_intermediates` leaves out.
+        norm = getattr(getattr(self.visual, "trunk", None), "fc_norm", nn.Identity())
+        return TeacherOutput(output["image_features"], _normalise_map(output["image_intermediates"][-1], norm))
 
 
 class TimmTeacher(nn.Module):
@@ -83,9 +85,7 @@ class TimmTeacher(nn.Module):
     def forward(self, pixel_values: Tensor) -> TeacherOutput:
         """Encode normalised pixels [B, 3, H, W] of the teacher's own size."""
         tokens, maps = self.vit.forward_intermediates(pixel_values, indices=1, norm=True, output_fmt="NCHW")
-        # Models that pool by mean keep their one final norm in the head; the student has it before its tokens come out.
-        feature_map = self.vit.fc_norm(maps[-1].movedim(1, -1)).movedim(-1, 1)
-        return TeacherOutput(self.vit.forward_head(tokens), feature_map)
+        return TeacherOutput(self.vit.forward_head(tokens), _normalise_map(maps[-1], self.vit.fc_norm))
 
 
 Teacher = OpenClipTeacher | TimmTeacher
@@ -183,6 +183,15 @@ def _refuse_unknown(model: str, known: list[str], library: str) -> None:
             f"'{model}' is not a model name of {library}.{nearest(model, known)} "
             "A directory is given as local-dir:PATH, a hub repository as hf-hub:OWNER/NAME."
         )
+
+
+def _normalise_map(feature_map: Tensor, fc_norm: nn.Module) -> Tensor:
+    """Apply timm's `fc_norm` at each place of [B, D, h, w].
+
+    Models that pool by mean keep their one final norm there, in the head; the student has it before its tokens come
+    out. In all other models it is an identity.
+    """
+    return fc_norm(feature_map.movedim(1, -1)).movedim(-1, 1)
 
 
 def _read_preprocessing(settings: dict[str, Any], image_size: int | tuple[int, int]) -> Preprocessing:

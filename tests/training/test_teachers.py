@@ -47,6 +47,23 @@ def test_timm_teacher_equals_plain_timm(pooling):
     torch.testing.assert_close(output.feature_map, tokens[:, 1:].transpose(1, 2).reshape(2, 32, 4, 4))
 
 
+@pytest.mark.parametrize("pooling", ["token", "avg"])
+def test_open_clip_with_a_timm_trunk_normalises_its_feature_map(pooling):
+    vision = {"timm_model_name": "test_vit", "image_size": 160, "timm_proj": None, "timm_pool": pooling}
+    text = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1}
+    clip = open_clip.CLIP(24, vision, text).eval()
+    clip.visual.preprocess_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    trunk = clip.visual.trunk
+    norm = trunk.norm if pooling == "token" else trunk.fc_norm
+    torch.nn.init.normal_(norm.weight)
+    pixels = torch.randn(2, 3, 160, 160)
+    output = OpenClipTeacher(clip)(pixels)
+    with torch.no_grad():
+        tokens = trunk.fc_norm(trunk.forward_features(pixels))
+        torch.testing.assert_close(output.embedding, clip.encode_image(pixels))
+    torch.testing.assert_close(output.feature_map, tokens[:, 1:].transpose(1, 2).reshape(2, 64, 10, 10))
+
+
 def test_teachers_are_frozen_and_in_eval_mode(clip_directory):
     for teacher in (load_teacher(TeacherConfig(model=f"local-dir:{clip_directory}")), TimmTeacher(tiny_timm())):
         assert not any(parameter.requires_grad for parameter in teacher.parameters())
