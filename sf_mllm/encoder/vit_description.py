@@ -220,7 +220,9 @@ def _timm_block(prefix: str, block: Any) -> dict[str, Inherited]:
         if not isinstance(getattr(getattr(block, part), name, nn.Identity()), nn.Identity)
     ]
     if extra_norms:
-        raise InputError(f"Teacher block {prefix[:-1]} has extra norms ({', '.join(extra_norms)}), a cortex block has none.")
+        raise InputError(
+            f"Teacher block {prefix[:-1]} has extra norms ({', '.join(extra_norms)}), a cortex block has none."
+        )
     if block.mlp.fc2.in_features != block.mlp.fc1.out_features:
         raise InputError(
             f"Teacher block {prefix[:-1]} has a gated MLP ({type(block.mlp).__name__}), a cortex block a plain one."
