@@ -69,7 +69,10 @@ def accept_image_content(template: str) -> str:
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, image_seq_length: int
 ) -> EncodedConversation:
-    """Tokenise a conversation; labels cover each answer and the token that ends it, and nothing else.
+    """Tokenise a conversation; labels cover what the model has to say: each answer and the token that ends it.
+
+    White space between the generation prompt and an answer is the model's to say too: after "ASSISTANT:" the answer
+    "7" of a SentencePiece tokenizer starts with a token for the blank alone.
 
     Args:
         tokenizer: fast tokenizer with a chat template.
@@ -83,11 +86,12 @@ def encode_conversation(
         InputError: the template refuses the conversation, alters an answer, or ends an answer without a special token.
     """
     pieces, answers = _split_at_answers(tokenizer, messages)
+    blank = _blank_before_answers(tokenizer, messages, pieces[0])
     placeholder = IMAGE_TOKEN * image_seq_length
     text, spans = "", []
     for index, piece in enumerate(pieces):
         if index > 0:
-            start = len(text)
+            start = len(text) - (len(blank) if pieces[index - 1].endswith(blank) else 0)
             text += answers[index - 1]
             spans.append((start, len(text) + _stop_length(tokenizer, piece)))
         text += piece.replace(IMAGE_TOKEN, placeholder)
@@ -150,10 +154,29 @@ def _split_at_answers(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mes
     return pieces, answers
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]]) -> str:
+def _blank_before_answers(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], before: str) -> str:
+    """Return the white space that the template writes between the generation prompt and an answer.
+
+    Args:
+        tokenizer: its chat template is asked for the generation prompt of the first answer.
+        messages: the conversation.
+        before: what the template renders before the first answer of the conversation.
+    """
+    asked = [(message.role, message.text) for message in messages]
+    first_answer = [role for role, _ in asked].index("assistant")
+    prompt = _render(tokenizer, asked[:first_answer], add_generation_prompt=True)
+    blank = before.removeprefix(prompt)  # nothing is removed where the template writes something else, as Qwen3 does
+    return blank if blank.isspace() else ""
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], *, add_generation_prompt: bool = False
+) -> str:
     conversation: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in turns]
     try:
-        rendered = tokenizer.apply_chat_template(conversation, tokenize=False)
+        rendered = tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except TemplateError as error:
         raise InputError(f"The chat template refuses the conversation: {error}.") from error
     assert isinstance(rendered, str)
