@@ -198,6 +198,13 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
             kwargs.setdefault("key_mapping", {r"^model\.vision_tower\.": ""})
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Save as transformers does, always under the encoder's own names.
+
+        By default transformers would write a tower taken out of a LLaVA-style directory under the names it had there.
+        """
+        super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+
     @classmethod
     def from_vit(
         cls, teacher: nn.Module, *, start_from_class_token: bool = True, **overrides: Any

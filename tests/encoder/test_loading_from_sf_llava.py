@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sf_mllm import SparseFormerConfig, SparseFormerImageProcessor, SparseFormerModel
 from sf_mllm.errors import InputError
@@ -20,8 +21,21 @@ def test_tower_of_a_multimodal_directory(tmp_path: Path) -> None:
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
     assert SparseFormerConfig.from_pretrained(tmp_path).num_latents == encoder.config.num_latents
+    encoder.save_pretrained(tmp_path / "alone")
+    again = SparseFormerModel.from_pretrained(tmp_path / "alone")
+    assert load_file(tmp_path / "alone" / "model.safetensors").keys() == encoder.state_dict().keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
     saved = SparseFormerImageProcessor.from_pretrained(tmp_path)
     assert saved.to_dict() == processor.image_processor.to_dict()
+
+
+def test_a_tower_saved_alone_is_an_encoder_directory(tmp_path: Path) -> None:
+    model, _ = make_sf_llava()
+    model.save_pretrained(tmp_path / "both")
+    SparseFormerModel.from_pretrained(tmp_path / "both").save_pretrained(tmp_path / "alone")
+    encoder = SparseFormerModel.from_pretrained(tmp_path / "alone")
+    for name, tensor in model.model.vision_tower.state_dict().items():
+        assert torch.equal(encoder.state_dict()[name], tensor), name
 
 
 def test_a_missing_tower_weight_is_still_noticed(tmp_path: Path) -> None:
