@@ -4,10 +4,16 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
-from sf_mllm.encoder.published import PUBLISHED
+from sf_mllm.encoder.published import published_config
 from sf_mllm.errors import InputError, nearest
 from sf_mllm.ops.roi import ROI_LAYOUTS
+
+_COUNTS = (
+    *("num_latents", "stem_channels", "focusing_repeats", "focusing_mixing_size", "sampling_mixing_size"),
+    *("num_hidden_layers", "intermediate_size", "projection_size"),
+)
 
 
 @strict
@@ -83,9 +89,21 @@ class SparseFormerConfig(PreTrainedConfig):
                 f"initial_roi_layout '{self.initial_roi_layout}' is unknown."
                 f"{nearest(self.initial_roi_layout, ROI_LAYOUTS)} Allowed: {', '.join(sorted(ROI_LAYOUTS))}."
             )
-        for name in ("num_latents", "stem_channels", "focusing_repeats", "num_hidden_layers", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.initial_roi_layout == "official_grid" and self.num_latents < 4:
+            raise InputError(f"initial_roi_layout 'official_grid' needs at least 4 latents, got {self.num_latents}.")
+        for name in ("focusing_hidden_act", "hidden_act"):
+            activation = getattr(self, name)
+            if activation not in ACT2FN:
+                raise InputError(
+                    f"{name} '{activation}' is no activation of transformers.{nearest(activation, ACT2FN)}"
+                )
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}.")
+        for name in ("focusing_layer_norm_eps", "layer_norm_eps"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} must be above 0, got {getattr(self, name)}.")
         if self.num_sampling_points < 2:
             raise InputError(
                 f"num_sampling_points must be at least 2 (offsets are normalised by their spread), "
@@ -121,9 +139,4 @@ class SparseFormerConfig(PreTrainedConfig):
         Raises:
             InputError: no published checkpoint has that name.
         """
-        if name not in PUBLISHED:
-            raise InputError(
-                f"No published SparseFormer is named '{name}'.{nearest(name, PUBLISHED)} "
-                f"Published: {', '.join(sorted(PUBLISHED))}."
-            )
-        return cls(**{**PUBLISHED[name], **overrides})
+        return cls(**{**published_config(name), **overrides})

@@ -6,8 +6,7 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
-from sf_mllm.encoder.published import PUBLISHED
-from sf_mllm.errors import InputError, nearest
+from sf_mllm.encoder.published import published_config
 
 
 class SparseFormerImageProcessor(TorchvisionBackend):
@@ -42,11 +41,7 @@ class SparseFormerImageProcessor(TorchvisionBackend):
         Raises:
             InputError: no published checkpoint has that name.
         """
-        if name not in PUBLISHED:
-            raise InputError(
-                f"No published SparseFormer is named '{name}'.{nearest(name, PUBLISHED)} "
-                f"Published: {', '.join(sorted(PUBLISHED))}."
-            )
+        published_config(name)
         if "_v1_" in name:
             mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
         elif "_augreg_" in name:

@@ -22,7 +22,7 @@ from sf_mllm.encoder.sampler import InitialLatents, RoiSampler
 from sf_mllm.encoder.stem import Stem
 from sf_mllm.encoder.strict_loading import StrictLoadingMixin
 from sf_mllm.encoder.vit_description import describe_vit
-from sf_mllm.encoder.weights_vit import InheritanceReport, inherit_weights, size_for_vit
+from sf_mllm.encoder.weights_vit import InheritanceReport, config_for_vit, inherit_weights
 from sf_mllm.ops.roi import ROI_LAYOUTS
 
 FOCUSING_STAGES: dict[str, type[nn.Module]] = {"bootstrapped": FocusingStage, "v1": FocusingStageV1}
@@ -225,6 +225,6 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
             InputError: the teacher has a part that cannot be inherited, or an override contradicts the teacher.
         """
         description = describe_vit(teacher)
-        model = cls(SparseFormerConfig(**size_for_vit(description, overrides)))
+        model = cls(config_for_vit(description, overrides))
         report = inherit_weights(model, description, start_from_class_token=start_from_class_token)
         return model.train(), report

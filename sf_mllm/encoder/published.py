@@ -5,6 +5,8 @@ Source: configurations of the official repository (showlab/sparseformer, MIT).
 
 from typing import Any
 
+from sf_mllm.errors import InputError, nearest
+
 
 def _v1(num_latents: int, focusing_size: int, hidden_size: int, num_hidden_layers: int, drop: float) -> dict[str, Any]:
     return {
@@ -62,3 +64,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "sparseformer_btsp_openai_clip_base": _bootstrapped(48, 768, 8, "quick_gelu", 512),
     "sparseformer_btsp_openai_clip_large": _bootstrapped(63, 1024, 16, "quick_gelu", 768),
 }
+
+
+def published_config(name: str) -> dict[str, Any]:
+    """Return the arguments of a published configuration.
+
+    Raises:
+        InputError: no published checkpoint has that name.
+    """
+    if name not in PUBLISHED:
+        raise InputError(
+            f"No published SparseFormer is named '{name}'.{nearest(name, PUBLISHED)} "
+            f"Published: {', '.join(sorted(PUBLISHED))}."
+        )
+    return PUBLISHED[name]

@@ -120,7 +120,7 @@ class InitialLatents(nn.Module):
 
         def keep_rois_fp32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            is_rois = tensor is rois or tensor is rois.data or tensor is rois.grad
+            is_rois = tensor is rois or tensor is rois.grad
             return tensor.to(moved.device) if is_rois and moved.dtype != tensor.dtype else moved
 
         return super()._apply(keep_rois_fp32, recurse)

@@ -1,6 +1,7 @@
 """Make `from_pretrained` strict: weights that do not fit exactly are refused, not completed with random ones."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from sf_mllm.errors import InputError
@@ -40,7 +41,7 @@ def refuse_misfit(class_name: str, path: str | os.PathLike[str], loading_info: d
         for key, found, expected in loading_info["mismatched_keys"]
     ]
     problems = [
-        f"{len(keys)} {what} ({_some(keys)})"
+        f"{len(keys)} {what} ({list_some(keys)})"
         for what, keys in (
             ("missing keys", loading_info["missing_keys"]),
             ("unexpected keys", loading_info["unexpected_keys"]),
@@ -55,6 +56,7 @@ def refuse_misfit(class_name: str, path: str | os.PathLike[str], loading_info: d
         )
 
 
-def _some(keys: Any, limit: int = 4) -> str:
+def list_some(keys: Iterable[object], limit: int = 4) -> str:
+    """Join the first few keys, sorted, and say how many more there are."""
     names = sorted(str(key) for key in keys)
     return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")

@@ -14,6 +14,7 @@ from torch import Tensor
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.encoder.published import PUBLISHED
+from sf_mllm.encoder.strict_loading import list_some
 from sf_mllm.errors import InputError, first_line, nearest
 
 V1_OPERATIONS = ("ATTN", "ROI_ADJ", "SAMPLING_M", "MLP")
@@ -221,10 +222,10 @@ def _check_strictly(model: SparseFormerModel, weights: dict[str, Tensor], left_o
             "without it the model is not the published one: convert the original file again and keep that key."
         )
     if missing:
-        raise InputError(f"The checkpoint lacks weights for {_list(missing)}.")
+        raise InputError(f"The checkpoint lacks weights for {list_some(missing)}.")
     extra = left_over + [name for name in weights if name not in expected]
     if extra:
-        raise InputError(f"The checkpoint has keys that this model lacks: {_list(extra)}.")
+        raise InputError(f"The checkpoint has keys that this model lacks: {list_some(extra)}.")
     for name, tensor in expected.items():
         if weights[name].shape != tensor.shape:
             raise InputError(
@@ -308,7 +309,3 @@ def _get(state: dict[str, Tensor], key: str) -> Tensor:
     if key not in state:
         raise InputError(f"The checkpoint lacks {key}, which every SparseFormer has.")
     return state[key]
-
-
-def _list(keys: list[str], limit: int = 6) -> str:
-    return ", ".join(keys[:limit]) + (f", and {len(keys) - limit} more" if len(keys) > limit else "")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.vit_description import VitDescription
@@ -39,14 +40,14 @@ class InheritanceReport:
         )
 
 
-def size_for_vit(teacher: VitDescription, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the student's configuration.
+def config_for_vit(teacher: VitDescription, overrides: dict[str, Any]) -> SparseFormerConfig:
+    """Return the student's configuration.
 
     Sizes follow the published models: the last two thirds of the blocks are inherited, the focusing stage is half as
     wide, 63 latent tokens from a width of 1024 on and 48 below.
 
     Raises:
-        InputError: an override is no field of the configuration, or contradicts inherited weights.
+        InputError: an override is no field of the configuration, is no value for it, or contradicts inherited weights.
     """
     valid = {entry.name for entry in fields(SparseFormerConfig)}
     inherited: dict[str, Any] = {
@@ -80,7 +81,10 @@ def size_for_vit(teacher: VitDescription, overrides: dict[str, Any]) -> dict[str
         raise InputError(
             f"num_hidden_layers={sizes['num_hidden_layers']} is more than the teacher's {teacher.depth} blocks."
         )
-    return sizes
+    try:
+        return SparseFormerConfig(**sizes)
+    except StrictDataclassError as error:  # the check of types and choices, on several lines
+        raise InputError(f"The student cannot have these settings: {' '.join(str(error).split())}.") from error
 
 
 @torch.no_grad()
@@ -90,7 +94,7 @@ def inherit_weights(
     """Copy the teacher's weights into a student of fitting size.
 
     Args:
-        model: student made from `size_for_vit`.
+        model: student made from `config_for_vit`.
         teacher: described teacher.
         start_from_class_token: copy the class token too.
     """

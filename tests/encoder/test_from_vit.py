@@ -9,7 +9,7 @@ from timm.models.deit import VisionTransformerDistilled
 
 from sf_mllm import SparseFormerModel
 from sf_mllm.encoder.vit_description import describe_vit
-from sf_mllm.encoder.weights_vit import inherit_weights, size_for_vit
+from sf_mllm.encoder.weights_vit import config_for_vit, inherit_weights
 from sf_mllm.errors import InputError
 
 # Built on the meta device where only sizes matter; full-size weights are drawn for one block at a time.
@@ -210,7 +210,7 @@ def test_full_size_teachers(name: str) -> None:
     with torch.device("meta"):
         teacher = make().eval()
         description = describe_vit(teacher)
-        student = SparseFormerModel(_config(description)).eval()
+        student = SparseFormerModel(config_for_vit(description, {})).eval()
         report = inherit_weights(student, description, start_from_class_token=True)
     assert (len(student.cortex), student.config.num_latents) == (depth, latents)
     assert (student.config.hidden_act, student.config.layer_norm_eps) == (activation, eps)
@@ -225,12 +225,6 @@ def test_full_size_teachers(name: str) -> None:
                 parameter.copy_(dict(theirs.named_parameters())[source])
             tokens = torch.randn(1, 5, student.config.hidden_size, generator=torch.Generator().manual_seed(0))
             torch.testing.assert_close(ours(tokens), theirs(tokens), rtol=1e-5, atol=1e-5)
-
-
-def _config(description):
-    from sf_mllm import SparseFormerConfig
-
-    return SparseFormerConfig(**size_for_vit(description, {}))
 
 
 @pytest.mark.parametrize(
@@ -264,6 +258,8 @@ def test_what_cannot_be_inherited_is_refused_with_a_reason(teacher, message: str
         ({"num_latent": 9}, "Did you mean 'num_latents'"),
         ({"hidden_size": 128}, "follows the teacher"),
         ({"num_hidden_layers": 7}, "more than the teacher's 6 blocks"),
+        ({"padding_mode": "bordr"}, "'border', 'zeros'"),
+        ({"num_latents": "many"}, "num_latents"),
     ],
 )
 def test_contradicting_overrides(overrides: dict, message: str) -> None:

@@ -224,6 +224,13 @@ def test_new_model_starts_with_still_regions_and_shared_points() -> None:
         ({"use_cls_token": False}, "pooling"),
         ({"initial_roi_layout": "grid"}, "official_grid"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
+        ({"initial_roi_layout": "official_grid", "num_latents": 3}, "at least 4"),
+        ({"hidden_act": "qick_gelu"}, "Did you mean 'quick_gelu'"),
+        ({"focusing_hidden_act": "gellu"}, "Did you mean 'gelu'"),
+        ({"focusing_mixing_size": 0}, "focusing_mixing_size"),
+        ({"sampling_mixing_size": -3}, "sampling_mixing_size"),
+        ({"projection_size": 0}, "projection_size"),
+        ({"layer_norm_eps": 0.0}, "layer_norm_eps"),
     ],
 )
 def test_impossible_sizes_are_refused(change: dict, message: str) -> None:
