@@ -9,6 +9,8 @@ loads a trained encoder. The reference runs in fp32 with TF32 off.
 
 import argparse
 import copy
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,14 +19,19 @@ from eval.rows import append_rows
 from sf_mllm import SparseFormerConfig, SparseFormerImageProcessor, SparseFormerModel, SparseFormerOutput
 from sf_mllm.assets import resolve_demo
 from sf_mllm.data.image_io import open_image
+from sf_mllm.data.images import find_images
 from sf_mllm.encoder.layers import MatrixGenerator, ZeroStartLinear
+from sf_mllm.errors import InputError, report_input_errors
 
 MODES = ("bf16 autocast", "fp16 autocast", "bf16 model")
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@report_input_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.precision", description="How far reduced precision moves the encoder's outputs from fp32."
+    )
     parser.add_argument(
         "--model", required=True, help="published name (random weights), encoder directory or demo:sf_llava"
     )
@@ -32,7 +39,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=64, help="images (default 64)")
     parser.add_argument("--rows", type=Path, help="folder whose precision.csv the results are appended to")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    if arguments.count < 1:
+        raise InputError(f"--count {arguments.count} is too few; give at least 1.")
 
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -64,6 +73,7 @@ def main() -> None:
             print(f"{mode:14} {field:18} max {row['max_abs_error']}  relative {row['relative_error']}")
     if arguments.rows is not None:
         append_rows("precision", rows, arguments.device, arguments.rows)
+    return 0
 
 
 @torch.no_grad()
@@ -83,7 +93,7 @@ def read_images(folder: Path | None, count: int, model: str | None) -> torch.Ten
     if folder is None:
         coarse = torch.randn(count, 3, 28, 28)
         return torch.nn.functional.interpolate(coarse, size=(224, 224), mode="bicubic")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))[:count]
+    paths = find_images(folder)[:count]
     processor = SparseFormerImageProcessor.from_pretrained(model) if model else SparseFormerImageProcessor()
     return processor([open_image(path) for path in paths], return_tensors="pt").pixel_values
 
@@ -104,4 +114,4 @@ def run_in(mode: str, model: SparseFormerModel, images: torch.Tensor) -> SparseF
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

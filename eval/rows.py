@@ -4,7 +4,6 @@ import csv
 import datetime
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 import transformers
+
+from sf_mllm.training.environment import describe_revision
 
 RESULTS = Path(__file__).parent / "results"
 PROVENANCE = ("device", "torch", "transformers", "python", "revision", "date", "command")
@@ -63,17 +64,5 @@ def append_rows(benchmark: str, rows: Sequence[Mapping[str, Any]], device: str, 
 
 def _revision() -> str:
     """Short git revision, "+" behind it if the tree has changes; "unknown" outside a checkout."""
-    root = Path(__file__).parents[1]
-    try:
-        revision = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return revision + ("+" if dirty else "")
+    found = describe_revision()
+    return found["revision"][:7] + "+" * found["revision_is_dirty"] if found["revision"] else "unknown"

@@ -30,7 +30,7 @@ def find_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"Image folder '{folder}' does not exist; set data.images to a folder of images or 'scenes'.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not paths:
         raise InputError(f"Image folder '{folder}' holds no image file ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     return paths

@@ -32,6 +32,7 @@ def test_images_are_found_in_subfolders_in_a_fixed_order(tmp_path):
     for name in ("b.JPG", "a.png", "sub/deep/c.webp", "notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
+    (tmp_path / "a folder.png").mkdir()
     paths = find_images(tmp_path)
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == ["a.png", "b.JPG", "sub/deep/c.webp"]
 
