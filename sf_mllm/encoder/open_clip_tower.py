@@ -20,6 +20,7 @@ class OpenClipTower(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.image_size = image_size
+        self.output_dim = encoder.config.projection_size or encoder.config.hidden_size
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Embed images [B, 3, H, W] -> [B, projection_size], not normalised."""
@@ -55,11 +56,9 @@ def replace_visual(clip: nn.Module, encoder: SparseFormerModel) -> nn.Module:
     visual = getattr(clip, "visual", None)
     if visual is None:
         raise InputError(f"A {type(clip).__name__} has no image tower `visual`; pass an open_clip CLIP model.")
-    width = encoder.config.projection_size
-    expected = getattr(visual, "output_dim", None) or encoder.config.projection_size
-    if isinstance(visual, OpenClipTower):
-        expected = visual.encoder.config.projection_size
-    if width != expected:
-        raise InputError(f"The encoder embeds into {width} dimensions, this CLIP model into {expected}.")
-    clip.visual = OpenClipTower(encoder, visual.image_size)
+    tower = OpenClipTower(encoder, visual.image_size)
+    expected = getattr(visual, "output_dim", tower.output_dim)  # open_clip's towers from timm do not tell theirs
+    if tower.output_dim != expected:
+        raise InputError(f"The encoder embeds into {tower.output_dim} dimensions, this CLIP model into {expected}.")
+    clip.visual = tower
     return clip

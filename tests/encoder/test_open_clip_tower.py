@@ -5,7 +5,7 @@ import torch
 
 from sf_mllm import SparseFormerModel, replace_visual
 from sf_mllm.errors import InputError
-from tests.encoder.test_from_vit import small_clip
+from tests.encoder.test_from_vit import small_clip, small_timm
 
 
 def test_encode_image_runs_the_encoder_beside_the_clips_own_text_tower() -> None:
@@ -33,14 +33,19 @@ def test_a_second_replacement_and_a_misfit() -> None:
     clip = small_clip()
     encoder, _ = SparseFormerModel.from_vit(clip)
     replace_visual(replace_visual(clip, encoder), encoder)
-    other, _ = SparseFormerModel.from_vit(small_timm_with_other_width())
+    other, _ = SparseFormerModel.from_vit(small_timm())
     with pytest.raises(InputError, match="10 dimensions, this CLIP model into 24"):
         replace_visual(clip, other)
     with pytest.raises(InputError, match="no image tower"):
         replace_visual(torch.nn.Linear(2, 2), encoder)
 
 
-def small_timm_with_other_width() -> torch.nn.Module:
-    from tests.encoder.test_from_vit import small_timm
-
-    return small_timm()
+def test_an_encoder_without_projection_embeds_in_its_own_width() -> None:
+    clip = small_clip()
+    wide, _ = SparseFormerModel.from_vit(small_timm(num_classes=0))
+    with pytest.raises(InputError, match="64 dimensions, this CLIP model into 24"):
+        replace_visual(clip, wide)
+    narrow, _ = SparseFormerModel.from_vit(small_timm(num_classes=0, embed_dim=24, num_heads=2))
+    with torch.no_grad():
+        assert replace_visual(clip, narrow).encode_image(torch.randn(1, 3, 32, 32)).shape == (1, 24)
+    replace_visual(clip, narrow)  # a second time: the width is read from the encoder that stands there
