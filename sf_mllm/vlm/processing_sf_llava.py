@@ -36,6 +36,7 @@ class SFLlavaProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if self.image_token_id in (None, tokenizer.unk_token_id):
             raise InputError(f"The tokenizer '{tokenizer.name_or_path}' has no token {IMAGE_TOKEN}; add it first.")
+        tokenizer.padding_side = "left"  # generation goes on from the last position, which must not be padding
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
