@@ -3,6 +3,9 @@
 IGNORE_INDEX = -100
 """Label of positions that carry no loss (PyTorch's cross-entropy default)."""
 
+MAX_SEED = 2**32 - 1
+"""Largest seed that NumPy takes; Python and PyTorch take it too."""
+
 IMAGE_TOKEN = "<image>"
 """Placeholder of one image in a prompt; the processor repeats it once per visual token."""
 

@@ -2,9 +2,10 @@
 
 import argparse
 import math
-from typing import NoReturn
+from collections.abc import Callable
 
-from sf_mllm.errors import InputError, nearest
+from sf_mllm.constants import MAX_SEED
+from sf_mllm.errors import CommandLineParser, InputError, nearest
 
 DEFAULT_MODEL = "demo:sf_llava"
 
@@ -22,23 +23,28 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Report bad usage as every other bad input."""
-        raise InputError(f"{message[0].upper()}{message[1:]}; --help lists the options.")
+def _whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    bounds = f", at least {minimum}" if maximum is None else f" from {minimum} to {maximum}"
 
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum or (maximum is not None and value > maximum):
+            raise argparse.ArgumentTypeError(f"must be a whole number{bounds}, got '{text}'")
+        return value
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    return parse
 
 
 def _temperature(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"must be 0 or a positive number, got {text}")
+        raise argparse.ArgumentTypeError(f"must be 0 or a positive number, got '{text}'")
     return value
 
 
@@ -51,7 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     Raises:
         InputError: an option is unknown or has no usable value.
     """
-    parser = _Parser(
+    parser = CommandLineParser(
         prog="python -m sf_mllm.cli",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
@@ -69,7 +75,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the first that is there)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on cuda, else float32)")
     parser.add_argument(
-        "--max-new-tokens", metavar="N", type=_positive, default=256, help="longest answer (default: 256)"
+        "--max-new-tokens", metavar="N", type=_whole_number(1), default=256, help="longest answer (default: 256)"
     )
     parser.add_argument(
         "--temperature",
@@ -78,7 +84,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=0.0,
         help="0: likeliest answer (default); above: sample",
     )
-    parser.add_argument("--seed", metavar="N", type=int, help="makes sampled answers repeatable")
+    parser.add_argument("--seed", metavar="N", type=_whole_number(0, MAX_SEED), help="makes sampled answers repeatable")
     parser.add_argument("--verbose", action="store_true", help="print device, token counts and times to stderr")
     options, unknown = parser.parse_known_args(arguments)
     if unknown:

@@ -1,6 +1,7 @@
 """One answer, or the conversation loop with its commands."""
 
 import argparse
+import os
 import sys
 import time
 from contextlib import closing
@@ -9,14 +10,15 @@ from typing import TYPE_CHECKING
 
 from sf_mllm.cli.terminal import parse_path, read_lines
 from sf_mllm.data.image_io import open_image
-from sf_mllm.errors import InputError, nearest
+from sf_mllm.errors import InputError, first_line, nearest
 
 if TYPE_CHECKING:
     from sf_mllm.inference.session import ChatSession
 
+_REGIONS_FILE = "regions.png"
 COMMANDS = {
     "/image": ("PATH", "talk about this image; starts a new conversation"),
-    "/regions": ("[FILE]", "draw where the model looked (default: regions.png)"),
+    "/regions": ("[FILE]", f"draw where the model looked (default: {_REGIONS_FILE})"),
     "/clear": ("", "forget the conversation, keep the image"),
     "/help": ("", "list the commands"),
     "/quit": ("", "leave, as Ctrl-D does"),
@@ -85,6 +87,7 @@ class Conversation:
     def __init__(self, session: "ChatSession", verbose: bool) -> None:
         self.session = session
         self.verbose = verbose
+        self._drawn: set[str] = set()
 
     def loop(self) -> int:
         """Read questions and commands until the end of input or /quit.
@@ -156,7 +159,7 @@ class Conversation:
             self.session.set_image(image)
             _note(f"Looking at {argument} ({image.width}x{image.height}); new conversation.")
         elif name == "/regions":
-            self.draw_regions(parse_path(argument or "regions.png"))
+            self.draw_regions(parse_path(argument) if argument else _REGIONS_FILE)
         elif name == "/clear":
             self.session.clear()
             _note("Conversation forgotten.")
@@ -168,17 +171,21 @@ class Conversation:
         """Save a picture of where the model looked.
 
         Raises:
-            InputError: there is no image, the model has no regions, or the file cannot be written.
+            InputError: there is no image, the model has no regions, or the file cannot be written or is the user's own.
         """
         from sf_mllm.inference.regions import draw_regions
 
+        if path != _REGIONS_FILE and path not in self._drawn and os.path.exists(path):
+            raise InputError(f"'{path}' exists already; give another name to draw the regions in.")
         rois = self.session.regions()
         assert self.session.image is not None
         picture = draw_regions(self.session.image, rois)
         try:
             picture.save(path)
         except (OSError, ValueError) as error:
-            raise InputError(f"Regions cannot be saved as '{path}': {error}; give a name like regions.png.") from error
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise InputError(f"Regions cannot be saved as '{path}': {reason}; give a name like regions.png.") from error
+        self._drawn.add(path)
         _note(f"Regions drawn in {Path(path).resolve()}")
 
 

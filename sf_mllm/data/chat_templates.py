@@ -1,5 +1,6 @@
 """Chat templates by name, for decoders whose tokenizer brings none."""
 
+import os.path
 from pathlib import Path
 
 from sf_mllm.errors import InputError, nearest
@@ -32,9 +33,8 @@ def load_chat_template(name_or_path: str) -> str:
     """
     if name_or_path in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[name_or_path]
-    path = Path(name_or_path)
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    if os.path.isfile(name_or_path):  # Path.is_file raises where a name is too long, as a template in its place is
+        return Path(name_or_path).read_text(encoding="utf-8")
     raise InputError(
         f"Chat template '{name_or_path}' is neither a file nor one of {', '.join(CHAT_TEMPLATES)}."
         f"{nearest(name_or_path, CHAT_TEMPLATES)}"

@@ -1,12 +1,13 @@
 """Conversations about images: the typed form used everywhere, and a strict reader of LLaVA JSON."""
 
 import json
+import os.path
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sf_mllm.constants import IMAGE_TOKEN
-from sf_mllm.errors import InputError
+from sf_mllm.errors import InputError, is_valid_text
 
 _ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _SHOWN_PROBLEMS = 3
@@ -74,7 +75,7 @@ def _read_rows(path: Path) -> list[Any]:
         raise InputError(f"Instruction file '{path}' does not exist; give the path of a JSON file in LLaVA's format.")
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"Instruction file '{path}' is not valid JSON ({error}).") from error
     if not isinstance(rows, list) or not rows:
         raise InputError(f"Instruction file '{path}' must hold a non-empty JSON list of rows in LLaVA's format.")
@@ -103,7 +104,7 @@ def _parse_row(row: Any, index: int, root: Path) -> Conversation:
         raise InputError(f"has {len(images)} image(s) but its turns hold {placeholders} {IMAGE_TOKEN} placeholder(s)")
     paths = tuple(root / image for image in images)
     for image_path in paths:
-        if not image_path.is_file():
+        if not os.path.isfile(image_path):  # Path.is_file raises where a name is too long to exist
             raise InputError(f"its image '{image_path}' does not exist")
     return Conversation(id=str(row.get("id", index)), messages=messages, image_paths=paths)
 
@@ -111,12 +112,14 @@ def _parse_row(row: Any, index: int, root: Path) -> Conversation:
 def _parse_turn(turn: Any, position: int) -> Message:
     speaker = turn.get("from") if isinstance(turn, dict) else None
     value = turn.get("value") if isinstance(turn, dict) else None
-    if speaker not in _ROLE_OF or not isinstance(value, str):
+    if not isinstance(speaker, str) or speaker not in _ROLE_OF or not isinstance(value, str):
         raise InputError(f"turn {position} needs 'from' (one of {', '.join(_ROLE_OF)}) and a text 'value'")
     role = _ROLE_OF[speaker]
     text = value.strip() if role == "assistant" else value
     if not text.strip():
         raise InputError(f"turn {position} ({speaker}) is empty")
+    if not is_valid_text(text):
+        raise InputError(f"turn {position} ({speaker}) holds half a character, an unpaired surrogate")
     if role != "user" and IMAGE_TOKEN in text:
         raise InputError(f"turn {position} ({speaker}) holds {IMAGE_TOKEN}, which only human turns may")
     return Message(role=role, text=text)

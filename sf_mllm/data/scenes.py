@@ -5,7 +5,6 @@ questions and answers, `scene_captions` captions as tensors. This module exports
 same readers as a user's own data. Command: `python -m sf_mllm.data.scenes OUT --count N`.
 """
 
-import argparse
 import json
 import random
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sf_mllm.constants import IMAGE_TOKEN
-from sf_mllm.errors import InputError, report_input_errors
+from sf_mllm.errors import CommandLineParser, InputError, report_input_errors
 
 IMAGE_FOLDER = "images"
 CONVERSATIONS_FILE = "instructions.json"
@@ -186,7 +185,7 @@ def _use_one_thread() -> None:
 @report_input_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLineParser(
         prog="python -m sf_mllm.data.scenes", description="Export procedural scenes: images and LLaVA conversations."
     )
     parser.add_argument("directory", type=Path, help="directory to create")

@@ -73,6 +73,8 @@ def load_model(
         raise InputError(
             f"Tokenizer or image settings in '{directory}' cannot be loaded: {first_line(error)}."
         ) from error
+    if not processor.chat_template:
+        raise InputError(f"Model directory '{directory}' has no chat template (chat_template.jinja); copy it again.")
     return model.to(torch_device).eval(), processor
 
 
@@ -116,11 +118,11 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
 def _locate(path: str) -> Path:
     """Return a local directory for a path, a run folder or a hub id."""
     directory = Path(path).expanduser()
-    if directory.is_dir():
+    if path and directory.is_dir():
         in_run_folder = directory / "model"
         is_run_folder = not (directory / "config.json").exists() and (in_run_folder / "config.json").exists()
         return in_run_folder if is_run_folder else directory
-    if directory.exists():
+    if directory.is_file():
         raise InputError(f"Model '{path}' is a file; {_MAKE_ONE}.")
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise InputError(f"Model directory '{path}' does not exist; {_MAKE_ONE}, or a hub id of the form owner/name.")

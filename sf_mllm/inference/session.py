@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteria, TextIteratorStreamer
 
-from sf_mllm.errors import InputError
+from sf_mllm.errors import InputError, is_valid_text
 from sf_mllm.inference.regions import seen_area
 
 
@@ -89,12 +89,14 @@ class ChatSession:
         Closing the iterator early stops the generation; what was said until then stays in the conversation.
 
         Raises:
-            InputError: the prompt is empty, contains the image placeholder, or the conversation is longer than the
-                language model can read. The conversation is then as it was before.
+            InputError: the prompt is empty, no valid text or contains the image placeholder, or the conversation is
+                longer than the language model can read. The conversation is then as it was before.
         """
         prompt = prompt.strip()
         if not prompt:
             raise InputError("The question is empty; ask something.")
+        if not is_valid_text(prompt):
+            raise InputError("The question is not valid text; give it in UTF-8.")
         placeholder = self.processor.image_token
         if placeholder in prompt:
             raise InputError(f"The question contains '{placeholder}', which stands for the image itself; leave it out.")

@@ -3,17 +3,16 @@
 python -m sf_mllm.training.bootstrap CONFIG.yaml [key=value ...]
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from sf_mllm.errors import report_input_errors
+from sf_mllm.errors import CommandLineParser, report_input_errors
 
 
 @report_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, train, return the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLineParser(
         prog="python -m sf_mllm.training.bootstrap",
         description="Compress a CLIP ViT into a SparseFormer encoder, from unlabelled images. The same command again "
         "resumes a run that was interrupted.",

@@ -3,17 +3,16 @@
 python -m sf_mllm.training.instruct CONFIG.yaml [key=value ...]
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from sf_mllm.errors import report_input_errors
+from sf_mllm.errors import CommandLineParser, report_input_errors
 
 
 @report_input_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, train, return the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLineParser(
         prog="python -m sf_mllm.training.instruct",
         description="Join a SparseFormer encoder and a language model: train the projector and LoRA adapters on "
         "conversations about images. The same command again resumes a run that was interrupted.",

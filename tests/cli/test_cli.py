@@ -104,6 +104,18 @@ def test_bad_line_costs_a_sentence_and_the_loop_goes_on(run, saved_model, line, 
     assert output == answers(saved_model, None, "Hello?")[0] + "\n"
 
 
+def test_regions_do_not_replace_a_file_of_the_user(run, image_path):
+    before = image_path.read_bytes()
+    status, output, errors = run("--image", str(image_path), lines=f"/regions {image_path}\n")
+    assert (status, output) == (2, "") and "exists already" in errors and errors.count("\n") == 1
+    assert image_path.read_bytes() == before
+
+
+def test_regions_may_be_drawn_again(run, image_path, tmp_path):
+    lines = f"/regions {tmp_path / 'r.png'}\n" * 2
+    assert run("--image", str(image_path), lines=lines)[0] == 0
+
+
 def test_regions_that_cannot_be_saved(run, image_path, tmp_path):
     for target in (tmp_path / "nowhere" / "r.png", tmp_path / "r.unknown"):
         status, output, errors = run("--image", str(image_path), lines=f"/regions {target}\n")
@@ -118,12 +130,15 @@ def test_regions_that_cannot_be_saved(run, image_path, tmp_path):
         (["--prompt", "x", "--model", "no/such/model"], "does not exist"),
         (["--prompt", "x", "--device", "gpu"], "Device 'gpu' is unknown"),
         (["--prompt", "x", "--dtype", "float61"], "Did you mean 'float16'?"),
-        (["--prompt", "x", "--temperature", "-1"], "must be 0 or a positive number"),
+        (["--prompt", "x", "--temperature", "-1"], "must be 0 or a positive number, got '-1'"),
         (["--prompt", "x", "--temperature", "nan"], "must be 0 or a positive number"),
         (["--prompt", "x", "--temperature", "warm"], "warm"),
-        (["--prompt", "x", "--max-new-tokens", "0"], "must be at least 1"),
-        (["--prompt", "x", "--max-new-tokens", "many"], "many"),
-        (["--prompt", "x", "--seed", "one"], "one"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "must be a whole number, at least 1, got '0'"),
+        (["--prompt", "x", "--max-new-tokens", "many"], "must be a whole number, at least 1, got 'many'"),
+        (["--prompt", "x", "--seed", "one"], "must be a whole number from 0 to 4294967295, got 'one'"),
+        (["--prompt", "x", "--seed", "-1"], "must be a whole number from 0 to 4294967295, got '-1'"),
+        (["--prompt", "x", "--seed", str(2**64)], "must be a whole number from 0"),
+        (["--prompt", "x", "--model", ""], "does not exist"),
         (["--promt", "x"], "Did you mean '--prompt'?"),
         (["--prompt"], "expected one argument"),
         (["picture.png"], "'picture.png' is unknown"),

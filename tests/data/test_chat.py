@@ -145,6 +145,8 @@ def test_named_templates_and_files_load(tmp_path):
     assert load_chat_template(str(tmp_path / "own.jinja")) == "{{ messages }}"
     with pytest.raises(InputError, match="Did you mean 'vicuna'"):
         load_chat_template("vicuna2")
+    with pytest.raises(InputError, match="neither a file nor"):
+        load_chat_template("{{ messages }}" * 500)  # longer than a file name can be
 
 
 def test_vicuna_renders_as_fastchat_does():

@@ -66,6 +66,9 @@ def test_images_are_looked_up_under_the_given_root(write, tmp_path):
         (row(conversations=[{"from": "system", "value": "x"}]), "must alternate"),
         (row(conversations=[{"from": "robot", "value": "x"}]), "turn 0 needs 'from'"),
         (row(conversations=["hello"]), "turn 0 needs 'from'"),
+        (row(conversations=[{"from": ["human"], "value": "x"}]), "turn 0 needs 'from'"),
+        (row(conversations=turns("<image> \ud800", "a")), r"turn 0 \(human\) holds half a character"),
+        (row(image="x" * 5000), "does not exist"),
         (row(conversations=turns("<image>", None)), "turn 1 needs 'from'"),
         (row(conversations=turns("<image>", "  ")), r"turn 1 \(gpt\) is empty"),
         (row(conversations=turns("what", "<image>")), r"turn 1 \(gpt\) holds <image>"),
@@ -90,6 +93,7 @@ def test_many_malformed_rows_are_counted(write):
         ("{}", "non-empty JSON list"),
         ("[]", "non-empty JSON list"),
         ("\xff", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
     ],
 )
 def test_unreadable_files_are_refused(tmp_path, content, reason):

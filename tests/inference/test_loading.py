@@ -75,6 +75,7 @@ def test_shards(directory):
         ("model.safetensors", "has no weights (model.safetensors"),
         ("tokenizer.json", "has no tokenizer"),
         ("processor_config.json", "has no image settings"),
+        ("chat_template.jinja", "has no chat template"),
     ],
 )
 def test_missing_file(directory, file, expected):

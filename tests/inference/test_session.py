@@ -115,7 +115,12 @@ def test_failure_in_the_model_reaches_the_caller_and_leaves_the_conversation(mod
 
 @pytest.mark.parametrize(
     ("prompt", "expected"),
-    [("  ", "empty"), ("a <image> b", "<image>"), ("long " * 300, "more than the language model")],
+    [
+        ("  ", "empty"),
+        ("a <image> b", "<image>"),
+        ("long " * 300, "more than the language model"),
+        ("caf\udce9", "not valid text"),
+    ],
 )
 def test_unusable_questions(model_and_processor, prompt, expected):
     session = make_session(model_and_processor)
