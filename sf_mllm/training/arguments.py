@@ -18,6 +18,8 @@ _SET_BY_THE_RUN = {
     "remove_unused_columns": "the data reaches the model whole",
     "push_to_hub": "upload the saved directory instead",
 }
+_AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_NOT_ZERO = ("max_steps", "num_train_epochs", "logging_steps", "save_steps", "eval_steps")
 _SIMPLE_KINDS = (bool, int, float, str)
 """Field types that transformers does not check itself before training starts."""
 
@@ -47,6 +49,8 @@ def make_training_arguments(train: dict[str, Any], checkpoints: str | Path, seed
         kind = fields[key].type
         if kind in _SIMPLE_KINDS and not _is_of_kind(value, kind):
             raise InputError(f"train.{key}={value!r} has the wrong type; give a value of type {kind.__name__}.")
+        if (key in _AT_LEAST_ONE and value < 1) or (key in _NOT_ZERO and value == 0):
+            raise InputError(f"train.{key}={value} is not possible; give a positive number.")
     if not {"max_steps", "num_train_epochs"} & train.keys():
         raise InputError("The section 'train' does not say how long to train; set train.max_steps or num_train_epochs.")
 

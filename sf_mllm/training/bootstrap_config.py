@@ -5,6 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from sf_mllm.constants import MAX_SEED
 from sf_mllm.errors import InputError, nearest
 
 TEACHER_SOURCES = ("open_clip", "timm")
@@ -99,6 +100,7 @@ class BootstrapConfig:
             ("data.resolution", self.data.resolution, self.data.resolution >= 8, "at least 8"),
             ("data.held_out", self.data.held_out, self.data.held_out >= 1, "at least 1"),
             ("inherited_learning_rate", self.inherited_learning_rate, self.inherited_learning_rate >= 0, "at least 0"),
+            ("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
         ):  # fmt: skip
             if not is_valid:
                 raise InputError(f"{name} must be {allowed}, got {value}.")

@@ -1,10 +1,12 @@
 """Settings of an instruct run; imports nothing heavy."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
+from sf_mllm.constants import MAX_SEED
 from sf_mllm.errors import InputError, nearest
 
 TRAINING_DTYPES = ("float32", "bfloat16")
@@ -88,8 +90,16 @@ class InstructConfig:
             ("lora.alpha", self.lora.alpha, self.lora.alpha >= 1, "at least 1"),
             ("lora.dropout", self.lora.dropout, 0 <= self.lora.dropout < 1, "at least 0 and below 1"),
             ("data.max_length", self.data.max_length, self.data.max_length >= 2, "at least 2"),
+            ("data.scenes_count", self.data.scenes_count, self.data.scenes_count >= 1, "at least 1"),
             ("data.held_out", self.data.held_out, self.data.held_out >= 1, "at least 1"),
             ("projector_learning_rate", self.projector_learning_rate, self.projector_learning_rate >= 0, "at least 0"),
+            ("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
         ):
             if not is_valid:
                 raise InputError(f"{key} must be {bounds}, got {number}.")
+        # Checked here and not where it is used, which is after the training.
+        if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", self.save.max_shard_size, re.IGNORECASE):
+            raise InputError(
+                f"save.max_shard_size '{self.save.max_shard_size}' is no size; give a number and a unit, such as "
+                "5GB or 500MB."
+            )

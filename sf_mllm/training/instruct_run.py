@@ -3,8 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +81,8 @@ def run_instruct(config: InstructConfig) -> Path:
         )
         report_progress(trainer, run)
         log_plan(run, trainer, model, counts)
-        with worker_errors_in_one_line():
-            trainer.train(resume_from_checkpoint=run.find_last_checkpoint())
-            evaluation = trainer.evaluate()
+        trainer.train(resume_from_checkpoint=run.find_last_checkpoint())
+        evaluation = trainer.evaluate()
         run.update_record(held_out_loss=evaluation["eval_loss"])
         if trainer.is_world_process_zero():
             merged: Any = save_results(model, processor, config.save, run.path)
@@ -140,23 +138,9 @@ def prepare_data(
             max_length=config.data.max_length,
         )
 
-    with worker_errors_in_one_line():
-        counts = dataset(conversations).check(workers=int(config.train.get("dataloader_num_workers", 0)))
+    counts = dataset(conversations).check(workers=int(config.train.get("dataloader_num_workers", 0)))
     run.update_record(data={"conversations": file, "sha256": digest, "held_out": config.data.held_out, **counts})
     return dataset(conversations[:num_training]), dataset(conversations[num_training:]), counts
-
-
-@contextmanager
-def worker_errors_in_one_line() -> Iterator[None]:
-    """Turn bad input met by a data-loading process, such as a damaged image, back into its one sentence.
-
-    PyTorch raises it again here with the process's whole traceback as its message, the sentence being the last line.
-    """
-    try:
-        yield
-    except InputError as error:
-        sentence = str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
-        raise InputError(sentence) from error
 
 
 def draw_scenes(folder: Path, config: InstructConfig) -> tuple[str, str]:

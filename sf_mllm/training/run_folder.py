@@ -54,10 +54,8 @@ class RunFolder:
     def open(cls, config: Any, output_dir: str | Path) -> "RunFolder":
         """Create a run folder, or take up the one that an earlier start with the same configuration left.
 
-        A start that did not get as far as a checkpoint leaves nothing to go on with; its configuration is replaced.
-
-        A start that ended before its first checkpoint, for example because a path was mistyped, binds nobody: another
-        configuration may follow it.
+        A start that ended before its first checkpoint, for example because a path was mistyped, leaves nothing to go on
+        with: its configuration and its record are replaced.
 
         Args:
             config: the resolved run configuration, a dataclass.
@@ -74,14 +72,14 @@ class RunFolder:
             raise InputError(
                 f"Run folder '{run.path}' cannot be made: {error.strerror}; set output_dir to a writable folder."
             ) from error
-        is_new = not run.config_file.exists()
-        differing = [] if is_new else run._differing_keys(config)
-        if differing and (run.is_complete or any(run.checkpoints.iterdir())):
-            raise InputError(
-                f"Run folder '{run.path}' holds a run with another configuration: {', '.join(differing)}; "
-                "give the same values to go on with it, or another output_dir to start a new run."
-            )
-        if (is_new or differing) and is_main_process():
+        if run.config_file.exists() and (run.is_complete or any(run.checkpoints.iterdir())):
+            differing = run._differing_keys(config)
+            if differing:
+                raise InputError(
+                    f"Run folder '{run.path}' holds a run with another configuration: {', '.join(differing)}; "
+                    "give the same values to go on with it, or another output_dir to start a new run."
+                )
+        elif is_main_process():
             run.record_file.unlink(missing_ok=True)
             dump_run_config(config, run.config_file)
         return run

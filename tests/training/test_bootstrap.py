@@ -227,6 +227,11 @@ def test_a_timm_teacher_works(run_file, tmp_path):
         (["data.min_crop_area=0"], "data.min_crop_area must be above 0"),
         (["data.min_crop_are=0.5"], "Did you mean 'min_crop_area'"),
         (["train.learning_rat=1"], "Did you mean 'learning_rate'"),
+        (["train.max_steps=0"], "train.max_steps=0"),
+        (["train.per_device_train_batch_size=0"], "train.per_device_train_batch_size=0"),
+        (["train.gradient_accumulation_steps=0"], "train.gradient_accumulation_steps=0"),
+        (["seed=-1"], "seed must be from 0 to 4294967295, got -1"),
+        (["--fast"], "Unrecognized arguments: --fast"),
     ],
 )
 def test_bad_settings_end_with_one_line(run_file, overrides, message, capfd):

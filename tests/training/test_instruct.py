@@ -12,6 +12,7 @@ from sf_mllm.config import load_run_config
 from sf_mllm.errors import InputError
 from sf_mllm.training import instruct, instruct_run
 from sf_mllm.training.instruct_config import InstructConfig
+from sf_mllm.training.run_folder import RunFolder
 from tests.tiny_text import make_tokenizer
 from tests.tiny_vlm import make_decoder, make_encoder, make_image, make_image_processor
 
@@ -235,6 +236,7 @@ def test_rates_are_given_to_the_right_parameters(parts, tmp_path):
         ({"data.held_out": 12}, "holds 12 conversations and data.held_out=12"),
         ({"data.conversations": "gone.json"}, "Instruction file 'gone.json' does not exist"),
         ({"chat_template": "vicunna"}, "Did you mean 'vicuna'"),
+        ({"decoder": "."}, "Decoder '.' cannot be loaded: "),
     ],
 )
 def test_what_cannot_be_used_is_refused(parts, tmp_path, changes, reason):
@@ -267,6 +269,10 @@ def test_a_damaged_image_is_named_in_one_sentence(parts, tmp_path, workers):
         ({"save.dtype": "fp16"}, "Did you mean 'float16'"),
         ({"lora.rank": 0}, "lora.rank must be at least 1, got 0"),
         ({"lora.dropout": 1.0}, "lora.dropout must be at least 0 and below 1"),
+        ({"save.max_shard_size": "15 potatoes"}, "save.max_shard_size '15 potatoes' is no size; .* 5GB or 500MB"),
+        ({"save.max_shard_size": "GB"}, "is no size"),
+        ({"data.scenes_count": 0}, "data.scenes_count must be at least 1"),
+        ({"seed": -1}, "seed must be from 0 to 4294967295, got -1"),
     ],
 )
 def test_values_out_of_range_are_refused(parts, tmp_path, changes, reason):
@@ -275,5 +281,32 @@ def test_values_out_of_range_are_refused(parts, tmp_path, changes, reason):
 
 
 def test_the_command_reports_bad_input_in_one_line(tmp_path, capsys):
-    assert instruct.main([str(tmp_path / "none.yaml")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    for arguments in ([str(tmp_path / "none.yaml")], [], ["demo.yaml", "--fast"]):
+        assert instruct.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{"])
+@pytest.mark.parametrize("file", ["encoder/config.json", "encoder/model.safetensors", "decoder/model.safetensors"])
+def test_damaged_parts_are_refused(parts, tmp_path, file, content):
+    part = file.split("/")[0]
+    shutil.copytree(parts / part, tmp_path / part)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(InputError, match="cannot be loaded") as caught:
+        instruct_run.run_instruct(make_config(parts, tmp_path / "run", **{part: str(tmp_path / part)}))
+    assert str(tmp_path / part) in str(caught.value)
+
+
+def test_a_first_start_that_failed_on_its_data_may_be_mended(parts, tmp_path):
+    rows = json.loads((parts / "rows.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, rows[0] | {"id": "more"}]))
+    changes = {"data.conversations": tmp_path / "rows.json", "data.image_root": parts}
+    config = make_config(parts, tmp_path / "run", **changes)
+    run = RunFolder.open(config, config.output_dir)
+    with pytest.raises(InputError), run.recording():
+        instruct_run.prepare_data(config, run, instruct_run.build_model(config)[1])
+        raise InputError("an image is damaged")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    again = RunFolder.open(config, config.output_dir)
+    instruct_run.prepare_data(config, again, instruct_run.build_model(config)[1])

@@ -86,16 +86,6 @@ def test_a_complete_run_keeps_its_configuration_without_checkpoints(tmp_path):
         RunFolder.open(Config(section=Section(0.25)), tmp_path)
 
 
-def test_a_start_that_failed_early_can_be_corrected(tmp_path):
-    run = RunFolder.open(Config(section=Section(-1.0)), tmp_path)
-    with pytest.raises(InputError), run.recording():
-        run.update_record(data="wrong")
-        raise InputError("rate must be positive")
-    corrected = RunFolder.open(Config(), tmp_path)
-    assert "rate: 0.5" in corrected.config_file.read_text()
-    assert corrected.record == {}
-
-
 def test_a_file_in_the_place_of_the_folder_gets_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be made"):
