@@ -8,7 +8,7 @@ image="$SF_ROOT/sf_mllm/demo_model/example.png"
 question="How many objects are there?"
 echo "image:    $image"
 echo "question: $question"
-printf 'answer:   '
 SECONDS=0
-"$PYTHON" -m sf_mllm.cli --image "$image" --prompt "$question" --verbose
+answer="$("$PYTHON" -m sf_mllm.cli --image "$image" --prompt "$question")"
+echo "answer:   $answer"
 echo "time:     $SECONDS s, start of Python and loading of the model included"
