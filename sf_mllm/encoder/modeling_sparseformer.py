@@ -193,17 +193,17 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
         Raises:
             InputError: keys are missing, left over or of another shape.
         """
-        saved, _ = SparseFormerConfig.get_config_dict(pretrained_model_name_or_path)
+        saved, _ = SparseFormerConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
         if "vision_config" in saved:
             kwargs.setdefault("key_mapping", {r"^model\.vision_tower\.": ""})
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save as transformers does, always under the encoder's own names.
 
         By default transformers would write a tower taken out of a LLaVA-style directory under the names it had there.
         """
-        super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     @classmethod
     def from_vit(

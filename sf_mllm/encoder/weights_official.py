@@ -93,8 +93,9 @@ def load_official_checkpoint(
     with torch.device("meta"):
         model = SparseFormerModel(config)
     _check_strictly(model, weights, left_over)
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model.requires_grad_(True).eval()
+    # Copied, not assigned: a model that trains must not change the caller's tensors.
+    model.to_empty(device="cpu").load_state_dict(weights, strict=True)
+    return model.eval()
 
 
 def config_from_official(official: dict[str, Any], state: dict[str, Tensor]) -> SparseFormerConfig:

@@ -38,6 +38,14 @@ def test_a_tower_saved_alone_is_an_encoder_directory(tmp_path: Path) -> None:
         assert torch.equal(encoder.state_dict()[name], tensor), name
 
 
+def test_a_multimodal_directory_inside_another(tmp_path: Path) -> None:
+    """As hub repositories keep them: `subfolder` is for the configuration as well as for the weights."""
+    model, _ = make_sf_llava()
+    model.save_pretrained(tmp_path / "chat")
+    encoder = SparseFormerModel.from_pretrained(tmp_path, subfolder="chat")
+    assert torch.equal(encoder.cls_token, model.model.vision_tower.cls_token)
+
+
 def test_a_missing_tower_weight_is_still_noticed(tmp_path: Path) -> None:
     model, _ = make_sf_llava()
     weights = model.state_dict()

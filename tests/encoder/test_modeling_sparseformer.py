@@ -104,6 +104,19 @@ def test_autocast_keeps_regions_in_fp32(family: str, dtype: torch.dtype) -> None
     assert (output.pooler_output.float() - reference.pooler_output).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_coordinates_are_computed_in_fp32_under_autocast(dtype: torch.dtype) -> None:
+    """Not only returned in fp32: a layer run in bf16 would already have rounded them."""
+    model = tiny_model("v1")
+    block = model.focusing.narrow
+    features, latents, rois = torch.randn(2, 8, 8, 8), torch.randn(2, 5, 16), model.initial.rois.expand(2, -1, -1)
+    with torch.no_grad():
+        points, deltas = block.sampler(features, latents, rois)[1], block.roi_adjustment(latents)
+        with torch.autocast("cpu", dtype=dtype):
+            torch.testing.assert_close(block.sampler(features, latents, rois)[1], points)
+            torch.testing.assert_close(block.roi_adjustment(latents), deltas)
+
+
 @pytest.mark.parametrize("family", ["bootstrapped", "v1"])
 def test_a_bf16_model_keeps_its_initial_regions(family: str) -> None:
     model = tiny_model(family)

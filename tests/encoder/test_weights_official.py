@@ -115,6 +115,16 @@ def test_files_bare_and_wrapped(tmp_path: Path, wrapped: bool, suffix: str) -> N
         torch.testing.assert_close(model(tensors["input"]).pooler_output, tensors["output"], rtol=0, atol=1e-4)
 
 
+def test_the_model_does_not_share_memory_with_the_state_dict() -> None:
+    state, _, config = read_fixture("btsp_clip_a")
+    before = {key: tensor.clone() for key, tensor in state.items()}
+    model = load_official_checkpoint(state, official_config=config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(state[key], before[key]) for key in state)
+
+
 def test_name_of_the_file_gives_the_configuration(tmp_path: Path) -> None:
     name = "sparseformer_v1_tiny"
     path = tmp_path / f"{name}_converted.pth"
@@ -221,6 +231,18 @@ def test_equal_widths_have_no_transition_and_no_index_for_it() -> None:
 
 def re_index(key: str) -> str:
     return key.replace("layers.2.", "layers.1.").replace("layers.3.", "layers.2.")
+
+
+@pytest.mark.parametrize(("name", "activation"), [("btsp_clip_a", "quick_gelu"), ("btsp_augreg_a", "gelu")])
+def test_a_focusing_block_that_runs_once_has_the_cortexs_activation_and_no_stage_embedding(name, activation) -> None:
+    """The official rule is "units that are not repeated"."""
+    state, _, config = read_fixture(name)
+    assert load_official_checkpoint(state, official_config=config).config.focusing_hidden_act == "gelu"
+    del state["layers.0.stage_embedding.weight"]
+    config["repeats"] = [1] * len(config["repeats"])
+    model = load_official_checkpoint(state, official_config=config)
+    assert model.config.focusing_hidden_act == activation
+    assert model.focusing.stage_embedding is None
 
 
 def test_what_a_configuration_leaves_out_has_the_official_defaults() -> None:
