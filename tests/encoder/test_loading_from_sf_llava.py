@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from safetensors.torch import load_file
 
 from sf_mllm import SparseFormerConfig, SparseFormerImageProcessor, SparseFormerModel
 from sf_mllm.errors import InputError
-from tests.tiny_vlm import make_sf_llava
+from tests.tiny_vlm import make_encoder, make_sf_llava
 
 
 def test_tower_of_a_multimodal_directory(tmp_path: Path) -> None:
@@ -52,4 +53,12 @@ def test_a_missing_tower_weight_is_still_noticed(tmp_path: Path) -> None:
     del weights["model.vision_tower.norm.weight"]
     model.save_pretrained(tmp_path, state_dict=weights)
     with pytest.raises(InputError, match=r"norm\.weight"):
+        SparseFormerModel.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
+    make_encoder().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"norm.weight": torch.zeros(3)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"1 keys of another shape \(norm\.weight is \[3\] instead of \["):
         SparseFormerModel.from_pretrained(tmp_path)

@@ -134,6 +134,14 @@ def test_a_bf16_model_keeps_its_initial_regions(family: str) -> None:
     assert (output.pooler_output.float() - reference.pooler_output).abs().max() < 0.1 * scale
 
 
+def test_a_model_cast_between_two_steps_keeps_the_gradient_of_its_regions() -> None:
+    model = tiny_model().train()
+    model(torch.randn(1, 3, 32, 32)).rois.square().sum().backward()
+    before = model.initial.rois.grad.clone()
+    model.to(torch.bfloat16)
+    assert torch.equal(model.initial.rois.grad, before) and model.stem.conv.weight.grad.dtype == torch.bfloat16
+
+
 def test_deep_copies_are_independent_and_equal() -> None:
     model = tiny_model()
     images = torch.randn(1, 3, 32, 32)
@@ -225,6 +233,8 @@ def test_new_model_starts_with_still_regions_and_shared_points() -> None:
     center, size = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
     relative = (output.sampling_points[0][0, 0] - center) / size
     assert relative.abs().max() == pytest.approx(0.385, abs=1e-3)
+    x, y = relative.unflatten(0, (3, 3)).unbind(-1)
+    assert (x.diff(dim=1) > 0.1).all() and (y.diff(dim=0) > 0.1).all()  # x is the fast index
 
 
 @pytest.mark.parametrize(

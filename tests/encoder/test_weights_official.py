@@ -245,6 +245,32 @@ def test_a_focusing_block_that_runs_once_has_the_cortexs_activation_and_no_stage
     assert model.focusing.stage_embedding is None
 
 
+NOT_SIZES = (
+    *("family", "shared_latent_embedding", "initial_roi_layout", "focusing_hidden_act", "focusing_layer_norm_eps"),
+    *("padding_mode", "hidden_act", "layer_norm_eps", "use_cls_token", "pooling", "projection_bias"),
+)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "names"),
+    [
+        ("v1_a", ("sparseformer_v1_tiny", "sparseformer_v1_small", "sparseformer_v1_base")),
+        ("btsp_augreg_a", ("sparseformer_btsp_augreg_base", "sparseformer_btsp_augreg_large")),
+        ("btsp_clip_a", ("sparseformer_btsp_openai_clip_base", "sparseformer_btsp_openai_clip_large")),
+    ],
+)
+def test_published_choices_that_no_shape_shows(fixture: str, names: tuple[str, ...]) -> None:
+    """Whatever is not a size is the same as in the official configuration of a small model of the family."""
+    state, _, official = read_fixture(fixture)
+    expected = load_official_checkpoint(state, official_config=official).config
+    for name in names:
+        published = SparseFormerConfig.from_name(name)
+        assert {f: getattr(published, f) for f in NOT_SIZES} == {f: getattr(expected, f) for f in NOT_SIZES}
+        is_v1 = published.family == "v1"
+        assert published.num_attention_heads == (64 if is_v1 else published.hidden_size // 64)
+        assert published.focusing_num_attention_heads == (64 if is_v1 else published.focusing_size // 64)
+
+
 def test_what_a_configuration_leaves_out_has_the_official_defaults() -> None:
     state, tensors, config = read_fixture("btsp_augreg_a")
     for key in ("type_num_attn_heads", "ln_eps", "clip_quick_gelu", "grid_sample_config", "mixing_bias"):
