@@ -18,6 +18,7 @@ class StrictLoadingMixin:
             InputError: naming the keys.
         """
         with_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # refused below, by name, with the other differences
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )

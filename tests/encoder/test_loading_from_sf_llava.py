@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from safetensors.torch import load_file
 
 from sf_mllm import SparseFormerConfig, SparseFormerImageProcessor, SparseFormerModel
 from sf_mllm.errors import InputError
