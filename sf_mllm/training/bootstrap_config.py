@@ -52,7 +52,7 @@ class DataConfig:
     flip: bool = True
     """Mirror half of the crops."""
     held_out: int = 256
-    """Images kept out of training, to measure agreement with the teacher on."""
+    """Images kept out of training, to measure agreement with the teacher on; two, since regions are compared."""
     max_unreadable_share: float = 0.01
     """A run stops when more than this share of its files cannot be decoded; below it they are logged and replaced."""
 
@@ -98,7 +98,7 @@ class BootstrapConfig:
             ("data.max_unreadable_share", self.data.max_unreadable_share, 0 <= self.data.max_unreadable_share < 1,
              "at least 0 and below 1"),
             ("data.resolution", self.data.resolution, self.data.resolution >= 8, "at least 8"),
-            ("data.held_out", self.data.held_out, self.data.held_out >= 1, "at least 1"),
+            ("data.held_out", self.data.held_out, self.data.held_out >= 2, "at least 2"),
             ("inherited_learning_rate", self.inherited_learning_rate, self.inherited_learning_rate >= 0, "at least 0"),
             ("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
         ):  # fmt: skip

@@ -220,6 +220,9 @@ def test_a_timm_teacher_works(run_file, tmp_path):
     [
         (["data.images=/nowhere"], "Image folder '/nowhere' does not exist"),
         (["data.held_out=14"], "There are 14 images and data.held_out=14"),
+        (["data.held_out=1"], "data.held_out must be at least 2, got 1"),
+        (["student.overrides.padding_mode=bordr"], "'border', 'zeros'"),
+        (["student.overrides.focusing_hidden_act=gellu"], "Did you mean 'gelu'"),
         (["student.trained_cortex_blocks=3"], "has 2 cortex blocks"),
         (["student.overrides.num_latent=3"], "Did you mean 'num_latents'"),
         (["student.overrides.hidden_size=64"], "hidden_size follows the teacher"),
@@ -243,14 +246,14 @@ def test_bad_settings_end_with_one_line(run_file, overrides, message, capfd):
 def test_files_that_change_during_a_run_are_noticed(run_file, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
-    config = read(run_file, f"data.images={folder}", "data.held_out=1")
-    for name in "ab":
+    config = read(run_file, f"data.images={folder}", "data.held_out=2")
+    for name in "abc":
         (folder / f"{name}.png").write_bytes(b"")
     run = RunFolder.open(config, config.output_dir)
     prepare_images(config, run)
     prepare_images(config, run)
-    (folder / "c.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"changed since this run began \(2 then, 3 now\)"):
+    (folder / "d.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"changed since this run began \(3 then, 4 now\)"):
         prepare_images(config, run)
 
 
