@@ -8,6 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sf_mllm import SparseFormerConfig, SparseFormerModel
+from sf_mllm.encoder.cortex import drop_path
+from sf_mllm.encoder.focusing import drop_path_rates
 from sf_mllm.errors import InputError
 from tests.encoder.tiny import tiny_config, tiny_model
 
@@ -237,6 +239,45 @@ def test_new_model_starts_with_still_regions_and_shared_points() -> None:
     assert (x.diff(dim=1) > 0.1).all() and (y.diff(dim=0) > 0.1).all()  # x is the fast index
 
 
+def test_starting_values_are_the_published_ones() -> None:
+    """Distributions by their spread or bound, at a width where a sample shows them; everything else exactly."""
+    torch.manual_seed(0)
+    model = SparseFormerModel(tiny_config(hidden_size=256, intermediate_size=512, num_sampling_points=12))
+    block, cortex = model.focusing.wide, model.cortex[0]
+    assert cortex.mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert torch.equal(cortex.mlp.fc1.bias, torch.zeros(512))
+    assert torch.equal(cortex.norm1.weight, torch.ones(256)) and torch.equal(cortex.norm1.bias, torch.zeros(256))
+    for norm in (block.sampler.norm, block.mixing.norm):
+        torch.testing.assert_close(norm.weight, torch.full((256,), 1 / 16), rtol=0, atol=0)
+    for layer in (block.sampler.offsets, model.focusing.narrow.roi_adjustment.out, block.mixing.generate):
+        assert not layer.weight.any()
+    channels, points, out_points = 8, 12, 32
+    channel_part, point_part = block.mixing.generate.bias.split([channels**2, points * out_points])
+    for part, bound in ((channel_part, (3 / channels) ** 0.5), (point_part, (6 / (points + out_points)) ** 0.5)):
+        assert 0.9 * bound < part.abs().max() <= bound
+    assert 0.4 < block.sampler.shared_offsets.abs().max() <= 0.5  # 12 is no square, so there is no grid
+    assert 1 < model.initial.embedding.abs().max() <= 2
+    fan_out = channels * 49
+    assert model.stem.conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
+    assert 0.5 / 147**0.5 < model.stem.conv.bias.abs().max() <= 1 / 147**0.5
+    assert model.cls_token.std().item() == pytest.approx(1, rel=0.2)
+    assert model.focusing.stage_embedding.std().item() == pytest.approx(1, rel=0.3)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean_then_norm", "norm_then_mean"])
+def test_pooling_of_a_model_with_a_class_token(pooling: str) -> None:
+    model = tiny_model(pooling=pooling)
+    with torch.no_grad():
+        model.norm.weight.normal_()
+        tokens = torch.randn(2, 6, 32)
+        expected = {
+            "cls": model.norm(tokens[:, 0]),
+            "mean_then_norm": model.norm(tokens[:, 1:].mean(dim=1)),
+            "norm_then_mean": model.norm(tokens[:, 1:]).mean(dim=1),
+        }[pooling]
+        torch.testing.assert_close(model.pool(tokens, model.norm(tokens)), expected)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -273,3 +314,15 @@ def test_stochastic_depth_acts_in_training_only() -> None:
         assert torch.equal(model(images).last_hidden_state, model(images).last_hidden_state)
         model.train()
         assert not torch.equal(model(images).last_hidden_state, model(images).last_hidden_state)
+
+
+def test_stochastic_depth_grows_from_zero_and_keeps_the_mean() -> None:
+    assert drop_path_rates(tiny_config(drop_path_rate=0.4)) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    model = tiny_model(drop_path_rate=0.4)
+    assert model.focusing.drop_path_rates == pytest.approx([0, 0.1, 0.2])
+    assert [block.drop_path_rate for block in model.cortex] == pytest.approx([0.3, 0.4])
+    torch.manual_seed(0)
+    dropped = drop_path(torch.ones(4000, 1, 3), 0.4, training=True)
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.6])
+    assert dropped.mean().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(dropped[:, 0, 0], dropped[:, 0, 2])  # a sample is kept or dropped as a whole
