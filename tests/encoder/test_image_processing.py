@@ -32,6 +32,19 @@ def test_values_at_native_size_are_normalised_pixels() -> None:
     torch.testing.assert_close(pixels, expected)
 
 
+def test_the_default_resize_is_that_of_clip_without_the_crop() -> None:
+    image = make_image(500, 300)
+    expected = v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.Resize((224, 224), v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(CLIP_MEAN, CLIP_STD),
+        ]
+    )(image)
+    torch.testing.assert_close(SparseFormerImageProcessor()(image, return_tensors="pt").pixel_values[0], expected)
+
+
 def test_published_preprocessing_against_torchvision() -> None:
     image = make_image(500, 300)
     pixels = SparseFormerImageProcessor.from_name("sparseformer_btsp_augreg_base")(image, return_tensors="pt")
