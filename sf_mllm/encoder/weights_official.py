@@ -250,8 +250,10 @@ def _read_state(source: str | Path | dict[str, Any]) -> dict[str, Tensor]:
         except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
             raise InputError(f"Checkpoint '{path}' is damaged or no checkpoint: {first_line(error)}.") from error
         except Exception as error:  # pickle's own errors have no common base
+            # PyTorch's own message goes on to explain how to load the file all the same.
             raise InputError(
-                f"Checkpoint '{path}' holds more than tensors and is not loaded (weights_only): {first_line(error)}."
+                f"Checkpoint '{path}' holds more than tensors, which could run code, and is not loaded; "
+                "save its state dict alone."
             ) from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]

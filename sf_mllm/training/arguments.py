@@ -1,5 +1,6 @@
 """From the section `train` of a run's YAML to `transformers.TrainingArguments`."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ def make_training_arguments(train: dict[str, Any], checkpoints: str | Path, seed
             raise InputError(f"train.{key}={value} is not possible; give a positive number.")
     if not {"max_steps", "num_train_epochs"} & train.keys():
         raise InputError("The section 'train' does not say how long to train; set train.max_steps or num_train_epochs.")
+
+    if train.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        raise InputError("train.deepspeed needs DeepSpeed, which is not installed; pip install 'sf_mllm[train]'.")
 
     has_cuda = torch.cuda.is_available()
     defaults: dict[str, Any] = {

@@ -10,12 +10,9 @@ from tests.encoder.official_fixtures import NAMES, read_fixture
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("case", ["", ".b"])
+@pytest.mark.parametrize(("name", "case"), [*((name, "") for name in NAMES), ("btsp_augreg_a", ".b")])
 def test_every_stored_tensor_is_reproduced(name: str, case: str) -> None:
     state, tensors, official_config = read_fixture(name)
-    if f"input{case}" not in tensors:
-        pytest.skip("this fixture has one case")
     model = load_official_checkpoint(state, official_config=official_config)
     narrow_tokens = []
     model.focusing.narrow.register_forward_hook(lambda module, args, output: narrow_tokens.append(output[0]))

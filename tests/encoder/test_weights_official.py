@@ -99,15 +99,12 @@ def test_every_published_size_is_recognised_by_its_shapes(name: str) -> None:
     assert not model.training
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(("suffix", "wrapped"), [(".pth", False), (".pth", True), (".safetensors", False)])
 def test_files_bare_and_wrapped(tmp_path: Path, wrapped: bool, suffix: str) -> None:
     state, tensors, config = read_fixture("btsp_clip_a")
     path = tmp_path / f"checkpoint{suffix}"
     if suffix == ".pth":
         torch.save({"model": state} if wrapped else state, path)
-    elif wrapped:
-        pytest.skip("safetensors cannot nest")
     else:
         save_file(state, path)
     model = load_official_checkpoint(path, official_config=config)
@@ -138,7 +135,7 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "executed",))
 
     torch.save({"model": Payload()}, tmp_path / "evil.pth")
-    with pytest.raises(InputError, match=r"weights_only|damaged"):
+    with pytest.raises(InputError, match="holds more than tensors"):
         load_official_checkpoint(tmp_path / "evil.pth")
     assert not (tmp_path / "executed").exists()
 

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -212,3 +213,10 @@ def test_arguments_take_any_field_and_have_our_defaults(tmp_path):
 def test_unusable_arguments_get_one_sentence(tmp_path, train, message):
     with pytest.raises(InputError, match=message):
         make_training_arguments(train, tmp_path, seed=0)
+
+
+def test_missing_deepspeed_names_the_extra_that_brings_it(tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find_spec(name))
+    with pytest.raises(InputError, match=r"sf_mllm\[train\]"):
+        make_training_arguments({"max_steps": 1, "deepspeed": "zero2.json"}, tmp_path, seed=0)
