@@ -15,7 +15,6 @@ import transformers
 from sf_mllm.training.environment import describe_revision
 
 RESULTS = Path(__file__).parent / "results"
-PROVENANCE = ("device", "torch", "transformers", "python", "revision", "date", "command")
 
 
 def provenance(device: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 # Format, lint, types and import direction; each can fail.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+[ $# -eq 0 ] || sf_fail "check.sh takes no arguments, got: $*"
 sf_python test
 
 cd "$SF_ROOT"

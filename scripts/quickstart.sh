@@ -2,6 +2,7 @@
 # Makes an environment if none is active, then lets the shipped model answer a question about the shipped image.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+[ $# -eq 0 ] || sf_fail "quickstart.sh takes no arguments, got: $*"
 sf_python
 
 image="$SF_ROOT/sf_mllm/demo_model/example.png"

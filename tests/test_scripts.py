@@ -186,3 +186,10 @@ def test_quickstart_answers_from_any_directory(tmp_path):
     lines = dict(line.split(":", 1) for line in result.stdout.splitlines())
     assert list(lines) == ["image", "question", "answer", "time"]
     assert lines["answer"].strip() and Path(lines["image"].strip()).is_file()
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "check.sh"])
+def test_an_argument_that_means_nothing_is_refused(tmp_path, script):
+    result = run_bash(f'bash "{ROOT}/scripts/{script}" photo.jpg', cwd=tmp_path, SF_MLLM_PYTHON=sys.executable)
+    assert result.returncode == 2
+    assert result.stderr.strip() == f"error: {script} takes no arguments, got: photo.jpg"

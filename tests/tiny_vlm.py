@@ -5,12 +5,12 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config, set_seed
 
 from sf_mllm.data.chat import stop_token
-from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.image_processing_sparseformer import SparseFormerImageProcessor
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.vlm.build import build_sf_llava
 from sf_mllm.vlm.modeling_sf_llava import SFLlavaForConditionalGeneration
 from sf_mllm.vlm.processing_sf_llava import SFLlavaProcessor
+from tests.encoder.tiny import tiny_config
 from tests.tiny_text import make_tokenizer
 
 DECODER_CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -19,24 +19,7 @@ NUM_TOKENS = 6
 
 
 def make_encoder(**overrides) -> SparseFormerModel:
-    config = SparseFormerConfig(
-        **{
-            "stem_channels": 8,
-            "num_latents": NUM_TOKENS - 1,
-            "focusing_size": 16,
-            "focusing_repeats": 2,
-            "focusing_num_attention_heads": 2,
-            "num_sampling_points": 4,
-            "focusing_mixing_size": 8,
-            "sampling_mixing_size": 8,
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-            "projection_size": 24,
-        }
-        | overrides
-    )
+    config = tiny_config(**{"num_latents": NUM_TOKENS - 1, **overrides})
     set_seed(0)
     return SparseFormerModel(config).eval()
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes the demo model that ships with the project: teacher, decoder, encoder, chat model. One GPU, about half an hour.
+# Makes the demo model that ships with the project: teacher, decoder, encoder, chat model. One GPU; eval/results/demo_training.csv
+# says how long each part took.
 #
 #   bash scripts/demo/make_demo_model.sh OUT
 #
@@ -14,8 +15,12 @@ cd "$SF_ROOT"
 
 run() { echo "+ python -m $*" >&2; "$PYTHON" -m "$@"; }
 
-[ -f "$out/clip/open_clip_model.safetensors" ] || run scripts.demo.train_clip --out "$out/clip" --seconds 370
-[ -f "$out/decoder/model.safetensors" ] || run scripts.demo.train_decoder --out "$out/decoder" --seconds 300 --scenes 400000
+if [ ! -d "$out/clip" ]; then # the teacher is saved while it trains; only a finished one gets the name
+  rm -rf "$out/clip.unfinished"
+  run scripts.demo.train_clip --out "$out/clip.unfinished" --seconds 370 --log "$out/clip.jsonl"
+  mv "$out/clip.unfinished" "$out/clip"
+fi
+[ -d "$out/decoder" ] || run scripts.demo.train_decoder --out "$out/decoder" --seconds 300 --scenes 400000
 run sf_mllm.data.scenes "$out/scenes" --count 100000 --seed 1 --workers "$(nproc)"
 run sf_mllm.training.bootstrap configs/bootstrap/demo_model.yaml output_dir="$out/bootstrap" \
   teacher.model="local-dir:$out/clip" data.images="$out/scenes/images"
@@ -23,6 +28,7 @@ run sf_mllm.training.instruct configs/finetune/demo_model.yaml output_dir="$out/
   encoder="$out/bootstrap/encoder" decoder="$out/decoder" \
   data.conversations="$out/scenes/instructions.json" data.image_root="$out/scenes/images"
 
-mkdir -p "$out/release"
+rm -rf "$out/release"
+mkdir "$out/release"
 cp -r "$out/clip" "$out/decoder" "$out/release/"
 cp -r "$out/finetune/model" "$out/release/sf_llava"
