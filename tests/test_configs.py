@@ -8,7 +8,7 @@ from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.errors import InputError
 from sf_mllm.training.arguments import make_training_arguments
 from sf_mllm.training.bootstrap_config import BootstrapConfig
-from sf_mllm.training.bootstrap_run import build_student
+from sf_mllm.training.bootstrap_student import build_student
 from sf_mllm.training.teachers import load_teacher
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -1,92 +1,17 @@
-"""Stage one's task (student, frozen teacher, losses) and the Trainer that runs it."""
+"""The Trainer that runs stage one's task."""
 
 import contextlib
 from collections import defaultdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer
 
 from sf_mllm.data.images import HeldOutImages, TrainingImages
-from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel, SparseFormerOutput
-from sf_mllm.training.bootstrap_config import LossConfig
-from sf_mllm.training.losses import average_in_rois, embedding_loss, roi_hinge_loss, token_loss
-from sf_mllm.training.roi_statistics import describe_rois
-from sf_mllm.training.teachers import Teacher
-
-
-def freeze_inherited_top(student: SparseFormerModel, num_trained_blocks: int) -> None:
-    """Freeze the cortex blocks above the first few, the final norm and the projection; everything else trains."""
-    student.requires_grad_(True)
-    for module in (*student.cortex[num_trained_blocks:], student.norm, student.projection):
-        module.requires_grad_(False)
-
-
-def count_trained_blocks(num_blocks: int, first_teacher_block: int) -> int:
-    """Inherited blocks that train by the paper's rule: those below two thirds of the teacher's depth.
-
-    Args:
-        num_blocks: blocks of the student's cortex.
-        first_teacher_block: index of the teacher's block that became the first of them.
-
-    Source: arXiv 2312.01987.
-    """
-    depth = first_teacher_block + num_blocks
-    return min(max(round(2 * depth / 3) - first_teacher_block, 0), num_blocks)
-
-
-class BootstrapTask:
-    """What a student is asked: to agree with a frozen teacher about images, without labels or text.
-
-    Args:
-        teacher: sees each image at its own size.
-        weights: of the losses.
-    """
-
-    def __init__(self, teacher: Teacher, weights: LossConfig) -> None:
-        self.teacher = teacher
-        self.weights = weights
-
-    def losses(self, output: SparseFormerOutput, images: Tensor) -> dict[str, Tensor]:
-        """Compare a student's output with the teacher's on the same images.
-
-        Args:
-            output: of the student on `self.normalise(images)`.
-            images: [B, 3, R, R], uint8.
-
-        Returns:
-            Each loss, unweighted, [B], by the name of its weight.
-        """
-        assert output.last_hidden_state is not None and output.pooler_output is not None and output.rois is not None
-        target = self.teacher(self.normalise(images, self.teacher.preprocessing.image_size))
-        latents = output.last_hidden_state[:, -output.rois.shape[2] :]
-        return {
-            "embedding": embedding_loss(output.pooler_output, target.embedding),
-            "tokens": token_loss(latents, average_in_rois(target.feature_map, output.rois[:, -1])),
-            "roi_hinge": roi_hinge_loss(output.rois),
-        }
-
-    def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """Weighted sum, mean over images."""
-        return torch.stack([getattr(self.weights, name) * loss.mean() for name, loss in losses.items()]).sum()
-
-    def normalise(self, images: Tensor, size: int | None = None) -> Tensor:
-        """Turn uint8 images into the pixels that teacher and student were made for; they share mean and deviation.
-
-        Args:
-            images: [B, 3, R, R], uint8.
-            size: side to resize to; None keeps R.
-        """
-        pixels = images.float() / 255
-        if size is not None and size != images.shape[-1]:
-            pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (
-            torch.tensor(values, device=images.device).view(3, 1, 1)
-            for values in (self.teacher.preprocessing.mean, self.teacher.preprocessing.std)
-        )
-        return (pixels - mean) / std
+from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
+from sf_mllm.training.bootstrap_evaluation import evaluate_on_held_out
+from sf_mllm.training.bootstrap_task import BootstrapTask
 
 
 class BootstrapTrainer(Trainer):
@@ -122,10 +47,9 @@ class BootstrapTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Student and teacher on one batch of uint8 images."""
-        images = inputs["pixel_values"]
-        output = model(self.task.normalise(images))
-        with self._autocast():
-            losses = self.task.losses(output, images)
+        output = model(self.task.normalise(inputs["pixel_values"]))
+        with self.precision():
+            losses = self.task.losses(output, self.task.targets(inputs))
         for name, loss in losses.items():
             self._loss_sums[name] += loss.detach().mean()
         self._num_losses += 1
@@ -166,29 +90,11 @@ class BootstrapTrainer(Trainer):
             )
         return self.optimizer
 
-    @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure agreement with the teacher and the behaviour of the regions on held-out images."""
-        student = self.model.eval()
-        rows = defaultdict(list)
-        for batch in self.get_eval_dataloader(eval_dataset):
-            images = batch["pixel_values"]
-            with self._autocast():
-                output = student(self.task.normalise(images), output_sampling_points=True)
-                losses = self.task.losses(output, images)
-            for name in ("embedding", "tokens"):
-                rows[name].append(1 - losses[name])
-            rows["rois"].append(output.rois[:, -1])
-            rows["points"].append(torch.stack(output.sampling_points, dim=1))  # [B, samplings, N, P, 2]
-            for values in rows.values():
-                values[-1] = self.accelerator.gather_for_metrics(values[-1].contiguous())
-        student.train()
-        merged = {name: torch.cat(values) for name, values in rows.items()}
-        metrics = {f"{name}_cosine": merged[name].mean().item() for name in ("embedding", "tokens")}
-        metrics |= describe_rois(merged["rois"], merged["points"].unbind(1))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        """Measure the student on the held-out images and log the result."""
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluate_on_held_out(self).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -197,7 +103,7 @@ class BootstrapTrainer(Trainer):
         """Read in order: `TrainingImages` holds the whole run, already shuffled."""
         return torch.utils.data.SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
         """The precision that accelerate gives to the student's training forward, for what runs outside of it."""
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16
         enabled = self.args.bf16 or self.args.fp16

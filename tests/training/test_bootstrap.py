@@ -16,8 +16,10 @@ from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel, SparseForme
 from sf_mllm.training.arguments import make_training_arguments
 from sf_mllm.training.bootstrap import main
 from sf_mllm.training.bootstrap_config import BootstrapConfig
-from sf_mllm.training.bootstrap_run import build_student, build_trainer, prepare_images, run_bootstrap
-from sf_mllm.training.bootstrap_trainer import BootstrapTask, count_trained_blocks
+from sf_mllm.training.bootstrap_images import prepare_images
+from sf_mllm.training.bootstrap_run import build_trainer, run_bootstrap
+from sf_mllm.training.bootstrap_student import build_student, count_trained_blocks
+from sf_mllm.training.bootstrap_task import BootstrapTask
 from sf_mllm.training.losses import average_in_rois
 from sf_mllm.training.run_folder import RunFolder
 from sf_mllm.training.teachers import load_teacher
@@ -192,7 +194,7 @@ def test_student_and_teacher_see_the_same_crop_each_at_its_size(run_file):
     seen = []
     task.teacher.register_forward_pre_hook(lambda teacher, inputs: seen.append(inputs[0]))
     student, _ = build_student(config, task.teacher)
-    task.losses(student(task.normalise(images)), images)
+    task.losses(student(task.normalise(images)), task.targets({"pixel_values": images}))
     torch.testing.assert_close(seen, [task.normalise(images, 32)])
 
 
@@ -201,21 +203,21 @@ def test_a_perfect_student_has_no_loss(run_file):
     config = read(run_file)
     task = BootstrapTask(load_teacher(config.teacher), config.loss)
     images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
-    target = task.teacher(task.normalise(images, 32))
+    target = task.targets({"pixel_values": images})
     corner = 0.6 * torch.rand(2, 2, 5, 2)  # [B, steps, N, (x, y)]
     rois = torch.cat([corner, corner + 0.4], dim=-1)
     latents = average_in_rois(target.feature_map, rois[:, -1])
     perfect = SparseFormerOutput(
         last_hidden_state=torch.cat([-latents[:, :1], latents], dim=1), pooler_output=2 * target.embedding, rois=rois
     )
-    losses = task.losses(perfect, images)
+    losses = task.losses(perfect, target)
     assert losses.keys() == {"embedding", "tokens", "roi_hinge"}
     torch.testing.assert_close(torch.stack([*losses.values()]), torch.zeros(3, 2))
     opposite = SparseFormerOutput(
         last_hidden_state=-perfect.last_hidden_state, pooler_output=-perfect.pooler_output, rois=rois
     )
     config.loss.embedding, config.loss.tokens = 3.0, 0.25
-    torch.testing.assert_close(task.total(task.losses(opposite, images)), torch.tensor(3.0 * 2 + 0.25 * 2))
+    torch.testing.assert_close(task.total(task.losses(opposite, target)), torch.tensor(3.0 * 2 + 0.25 * 2))
 
 
 def test_epochs_become_steps(run_file):

@@ -1,0 +1,69 @@
+"""Stage one's task: what a student is asked, with its frozen teacher, images and losses."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sf_mllm.encoder.modeling_sparseformer import SparseFormerOutput
+from sf_mllm.training.bootstrap_config import LossConfig
+from sf_mllm.training.losses import average_in_rois, embedding_loss, roi_hinge_loss, token_loss
+from sf_mllm.training.teachers import Teacher, TeacherOutput
+
+
+class BootstrapTask:
+    """What a student is asked: to agree with a frozen teacher about images, without labels or text.
+
+    Args:
+        teacher: sees each image at its own size.
+        weights: of the losses.
+    """
+
+    def __init__(self, teacher: Teacher, weights: LossConfig) -> None:
+        self.teacher = teacher
+        self.weights = weights
+
+    def targets(self, batch: dict[str, Tensor]) -> TeacherOutput:
+        """Return what the teacher says about a batch of crops.
+
+        Args:
+            batch: "pixel_values", [B, 3, R, R], uint8.
+        """
+        return self.teacher(self.normalise(batch["pixel_values"], self.teacher.preprocessing.image_size))
+
+    def losses(self, output: SparseFormerOutput, target: TeacherOutput) -> dict[str, Tensor]:
+        """Compare a student's output with the teacher's on the same crops.
+
+        Args:
+            output: of the student on `self.normalise(batch["pixel_values"])`.
+            target: `self.targets(batch)`.
+
+        Returns:
+            Each loss, unweighted, [B], by the name of its weight.
+        """
+        assert output.last_hidden_state is not None and output.pooler_output is not None and output.rois is not None
+        latents = output.last_hidden_state[:, -output.rois.shape[2] :]
+        return {
+            "embedding": embedding_loss(output.pooler_output, target.embedding),
+            "tokens": token_loss(latents, average_in_rois(target.feature_map, output.rois[:, -1])),
+            "roi_hinge": roi_hinge_loss(output.rois),
+        }
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """Weighted sum, mean over images."""
+        return torch.stack([getattr(self.weights, name) * loss.mean() for name, loss in losses.items()]).sum()
+
+    def normalise(self, images: Tensor, size: int | None = None) -> Tensor:
+        """Turn uint8 images into the pixels that teacher and student were made for; they share mean and deviation.
+
+        Args:
+            images: [B, 3, R, R], uint8.
+            size: side to resize to; None keeps R.
+        """
+        pixels = images.float() / 255
+        if size is not None and size != images.shape[-1]:
+            pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (
+            torch.tensor(values, device=images.device).view(3, 1, 1)
+            for values in (self.teacher.preprocessing.mean, self.teacher.preprocessing.std)
+        )
+        return (pixels - mean) / std
