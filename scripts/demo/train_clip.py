@@ -1,9 +1,10 @@
 """Train the small CLIP that ships as the demo's teacher, from scratch on procedural scenes.
 
 What makes it bind colours, shapes and places to objects instead of learning a bag of words: half of every batch are
-twin scenes with one edit, every caption has wrong versions of itself as negatives, texts that happen to be true of
-another image are masked, an auxiliary loss tells what single patches show (its head is thrown away), and scenes grow
-from one object over two to eight. Command: `python -m scripts.demo.train_clip --out DIR --seconds 400 --device cuda`.
+twin scenes with one edit, every image has captions of four kinds at once (lists, single objects, relations, counts),
+every caption has wrong versions of itself as negatives, texts that happen to be true of another image are masked, an
+auxiliary loss tells what single patches show (its head is thrown away), and scenes grow from one object to eight.
+Command: `python -m scripts.demo.train_clip --out DIR --seconds 400 --device cuda`.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from eval.scene_tasks import build_tasks
 from eval.zero_shot import ZeroShotResult, evaluate, evaluate_directory, format_results
 from scripts.demo.clip_model import build_model, build_tokenizer, create_directory, model_config, save_weights
-from scripts.demo.clip_step import IMAGE_SIZE, TeacherTask, contrastive_losses, make_batch, patch_loss
+from scripts.demo.clip_step import IMAGE_SIZE, TeacherTask, contrastive_losses, make_batch, patch_loss, split_text
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
 from sf_mllm.data.scene_captions import CONTEXT_LENGTH
 from sf_mllm.data.scene_render import render
@@ -129,11 +130,13 @@ def train(options: argparse.Namespace) -> list[ZeroShotResult]:
             group["lr"] = learning_rate
         batch = make_batch(step, options.batch_size, options.seed, progress, device, draw)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")):
-            image, text, patches = forward(batch.pixels, batch.tokens)
-        parts = (
-            *contrastive_losses(image, text, clip.logit_scale.exp(), batch),
-            patch_loss(patches, batch.scenes),
-        )
+            image, text, patches = forward(batch.pixels, batch.lists, batch.short)
+        scale = clip.logit_scale.exp()
+        by_group = [
+            contrastive_losses(image, features, scale, group)
+            for features, group in zip(split_text(text, batch), batch.groups, strict=True)
+        ]
+        parts = (*torch.stack(by_group).mean(dim=0), patch_loss(patches, batch.scenes))
         patch_weight = PATCH_LOSS_WEIGHTS[0] + progress * (PATCH_LOSS_WEIGHTS[1] - PATCH_LOSS_WEIGHTS[0])
         loss = parts[0] + parts[1] + parts[2] + patch_weight * parts[3]
         optimizer.zero_grad(set_to_none=True)

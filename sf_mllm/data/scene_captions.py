@@ -41,6 +41,8 @@ WORDS = (
 """The caption vocabulary; the token of a word is its index."""
 CONTEXT_LENGTH = 32
 """Tokens of a caption with <bos> and <eos>: the longest has 30 words."""
+SHORT_LENGTH = 10
+"""The same for captions of one phrase, relations and counts: the longest relates two objects, named in full."""
 
 _SIZE0, _COLOR0, _SHAPE0, _PLACE0 = (WORDS.index(names[0]) for names in (SIZES, COLORS, SHAPES, PLACES))
 _PLURAL0, _NUMBER0 = WORDS.index(_PLURALS[0]), WORDS.index(_NUMBERS[0])
@@ -90,18 +92,49 @@ def full_captions(scenes: Scenes, states_number: Tensor) -> Captions:
     )
 
 
-def mixed_captions(scenes: Scenes, draws: Draws) -> Captions:
-    """Make true captions of all kinds: full lists, lists with omissions, relations, counts.
+def list_captions(scenes: Scenes, draws: Draws) -> Captions:
+    """Name objects: half of the captions all of them with all attributes, half some of them with some attributes.
 
-    The structure depends on `draws` alone as far as possible: an edited copy of a scene gets the same caption but for
-    the edit.
+    Like `phrase_captions`, `relation_captions` and `count_captions` the structure depends on `draws` alone as far as
+    possible: an edited copy of a scene gets the same caption but for the edit.
     """
-    kind = draws.uniform(1)[:, 0]
-    captions = full_captions(scenes, draws.uniform(1)[:, 0] < 0.5)
-    captions = choose(kind >= 0.4, _partial_captions(scenes, draws), captions)
+    is_full, states_number = draws.uniform(2).unbind(dim=1)
+    return choose(is_full < 0.5, full_captions(scenes, states_number < 0.5), _partial_captions(scenes, draws))
+
+
+def phrase_captions(scenes: Scenes, draws: Draws) -> Captions:
+    """Name one object by colour and/or shape, often with its place, at times with its size."""
+    chosen = (draws.words(1) % scenes.count[:, None])[..., None].expand(-1, -1, 4)
+    kept = draws.uniform(4) < constant((0.25, 0.85, 0.85, 0.6), draws.device)
+    kept[:, 1] |= ~kept[:, 2]
+    phrase = torch.full_like(facts(scenes), ANY)
+    phrase[:, 0] = torch.where(kept, facts(scenes).gather(1, chosen)[:, 0], ANY)
+    zeros = torch.zeros_like(scenes.count)
+    return Captions(kind=zeros + LIST, phrase=phrase, used=_first(1, scenes), number=zeros + ANY, relation=zeros)
+
+
+def relation_captions(scenes: Scenes, draws: Draws) -> Captions:
+    """Relate two objects that are clearly apart; a scene without such a pair gets a caption of one object."""
+    phrases = phrase_captions(scenes, draws)
     relations, is_possible = _relation_captions(scenes, draws)
-    captions = choose((kind >= 0.6) & (kind < 0.85) & is_possible, relations, captions)
-    return choose(kind >= 0.85, _count_captions(scenes, draws), captions)
+    return choose(is_possible, relations, phrases)
+
+
+def count_captions(scenes: Scenes, draws: Draws) -> Captions:
+    """Count all objects, or those with the colour and/or shape of one of them."""
+    example = (draws.words(1) % scenes.count[:, None])[..., None].expand(-1, -1, 4)
+    example_facts = facts(scenes).gather(1, example)[:, 0]  # [B, 4]
+    condition = draws.uniform(1)  # none .3, colour .25, shape .25, both .2
+    none = torch.zeros_like(condition) > 0
+    kept = torch.cat(
+        (none, (condition >= 0.3) & ((condition < 0.55) | (condition >= 0.8)), condition >= 0.55, none), dim=1
+    )
+    phrase = torch.full_like(facts(scenes), ANY)
+    phrase[:, 0] = torch.where(kept, example_facts, ANY)
+    fits = ((phrase[:, :1] == facts(scenes)) | (phrase[:, :1] == ANY)).all(dim=-1) & scenes.present
+    zeros = torch.zeros_like(scenes.count)
+    number = fits.sum(dim=1)
+    return Captions(kind=zeros + COUNT, phrase=phrase, used=_first(1, scenes), number=number, relation=zeros)
 
 
 def wrong_captions(captions: Captions, draws: Draws) -> Captions:
@@ -232,32 +265,19 @@ def _relation_captions(scenes: Scenes, draws: Draws) -> tuple[Captions, Tensor]:
     named = facts(scenes).gather(1, objects[..., None].expand(-1, -1, 4))
     phrase = torch.full_like(facts(scenes), ANY)
     phrase[:, :2] = torch.where(kept, named, ANY)
-    used = (torch.arange(MAX_OBJECTS, device=draws.device) < 2).expand(len(scenes), -1)
     captions = Captions(
         kind=torch.full_like(scenes.count, RELATION),
         phrase=phrase,
-        used=used,
+        used=_first(2, scenes),
         number=torch.full_like(scenes.count, ANY),
         relation=2 * axis + is_after.logical_not(),
     )
     return captions, is_clear.flatten(1).any(dim=1)
 
 
-def _count_captions(scenes: Scenes, draws: Draws) -> Captions:
-    """Count all objects, or those with the colour and/or shape of one of them."""
-    example = (draws.words(1) % scenes.count[:, None])[..., None].expand(-1, -1, 4)
-    example_facts = facts(scenes).gather(1, example)[:, 0]  # [B, 4]
-    condition = draws.uniform(1)  # none .3, colour .25, shape .25, both .2
-    none = torch.zeros_like(condition) > 0
-    kept = torch.cat(
-        (none, (condition >= 0.3) & ((condition < 0.55) | (condition >= 0.8)), condition >= 0.55, none), dim=1
-    )
-    phrase = torch.full_like(facts(scenes), ANY)
-    phrase[:, 0] = torch.where(kept, example_facts, ANY)
-    fits = ((phrase[:, :1] == facts(scenes)) | (phrase[:, :1] == ANY)).all(dim=-1) & scenes.present
-    used = (torch.arange(MAX_OBJECTS, device=draws.device) < 1).expand(len(scenes), -1)
-    zeros = torch.zeros_like(scenes.count)
-    return Captions(kind=zeros + COUNT, phrase=phrase, used=used, number=fits.sum(dim=1), relation=zeros)
+def _first(number: int, scenes: Scenes) -> Tensor:
+    """[B, 8], true for the first phrases."""
+    return (torch.arange(MAX_OBJECTS, device=scenes.count.device) < number).expand(len(scenes), -1)
 
 
 def _swap_attributes(captions: Captions, draws: Draws) -> tuple[Captions, Tensor]:

@@ -12,12 +12,16 @@ from sf_mllm.data.scene_captions import (
     LIST,
     PAD,
     RELATION,
+    SHORT_LENGTH,
     WORDS,
     Captions,
     choose,
+    count_captions,
     full_captions,
+    list_captions,
     may_hold,
-    mixed_captions,
+    phrase_captions,
+    relation_captions,
     tokenize,
     wrong_captions,
 )
@@ -35,7 +39,10 @@ def scenes():
 
 @pytest.fixture(scope="module")
 def captions(scenes):
-    return mixed_captions(scenes, Draws(5, INDICES))
+    """A quarter of each kind."""
+    kinds = (list_captions, phrase_captions, relation_captions, count_captions)
+    parts = INDICES.chunk(len(kinds))
+    return concatenate([kind(scenes.select(part), Draws(5, part)) for kind, part in zip(kinds, parts, strict=True)])
 
 
 def in_words(captions: Captions) -> list[str]:
@@ -91,6 +98,10 @@ def test_every_caption_fits_the_context(scenes, captions):
     assert tokens.shape == (500, CONTEXT_LENGTH)
     assert ((tokens == EOS).sum(dim=1) == 1).all() and (tokens != PAD).sum(dim=1).max() == CONTEXT_LENGTH
     assert len(set(WORDS)) == len(WORDS)
+    is_short = captions.used.sum(dim=1) <= torch.where(captions.kind == RELATION, 2, 1)
+    is_short &= (captions.kind != LIST) | (captions.number == ANY)
+    longest = (tokenize(captions)[is_short] != PAD).sum(dim=1).max()
+    assert longest == SHORT_LENGTH
 
 
 def test_captions_are_true_and_of_all_kinds(scenes, captions):

@@ -8,10 +8,21 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from scripts.demo.clip_model import WEIGHTS_FILE, build_model, build_tokenizer, model_config
-from scripts.demo.clip_step import WRONG_TEXTS, contrastive_losses, make_batch, patch_loss
+from scripts.demo.clip_step import WRONG_TEXTS, TeacherTask, contrastive_losses, make_batch, patch_loss, split_text
 from scripts.demo.scene_supervision import make_twins, patch_owners
 from scripts.demo.train_clip import main
-from sf_mllm.data.scene_captions import PAD, WORDS, full_captions, may_hold, mixed_captions, tokenize
+from sf_mllm.data.scene_captions import (
+    PAD,
+    SHORT_LENGTH,
+    WORDS,
+    count_captions,
+    full_captions,
+    list_captions,
+    may_hold,
+    phrase_captions,
+    relation_captions,
+    tokenize,
+)
 from sf_mllm.data.scene_language import objects_of
 from sf_mllm.data.scene_sampling import MAX_OBJECTS, UNIT, Draws, ScenesConfig, sample_scenes
 
@@ -63,9 +74,10 @@ def test_twins_differ_by_one_edit_and_stay_valid(scenes, twins):
     assert {("swap", True, True), ("swap", True, False), ("swap", False, True)} < edits
 
 
-def test_twins_get_the_same_caption_but_for_the_edit(scenes, twins):
-    captions = tokenize(mixed_captions(scenes, Draws(5, INDICES)))
-    twin_captions = tokenize(mixed_captions(twins, Draws(5, INDICES)))
+@pytest.mark.parametrize("kind", [list_captions, phrase_captions, relation_captions, count_captions])
+def test_twins_get_the_same_caption_but_for_the_edit(scenes, twins, kind):
+    captions = tokenize(kind(scenes, Draws(5, INDICES)))
+    twin_captions = tokenize(kind(twins, Draws(5, INDICES)))
     same_count = scenes.count == twins.count
     same_length = (captions != PAD).sum(dim=1) == (twin_captions != PAD).sum(dim=1)
     assert same_length[same_count].float().mean() > 0.9
@@ -93,8 +105,9 @@ def test_patch_owners_follow_distance(scenes):
     assert (owners >= 0).float().mean() < 0.4
 
 
-def test_losses_equal_a_plain_loop():
-    batch = make_batch(3, 12, seed=0, progress=0.5, device="cpu")
+@pytest.mark.parametrize("number", range(4))
+def test_losses_equal_a_plain_loop(number):
+    group = make_batch(3, 12, seed=0, progress=0.5, device="cpu").groups[number]
     generator = torch.Generator().manual_seed(0)
     image = F.normalize(torch.randn(12, 5, generator=generator), dim=-1)
     text = F.normalize(torch.randn(12 * (1 + WRONG_TEXTS), 5, generator=generator), dim=-1)
@@ -107,15 +120,15 @@ def test_losses_equal_a_plain_loop():
     info_nce, wrong, twin = [], [], []
     for i in range(12):
         own = similarity[i][i]
-        info_nce.append(cross_entropy(own, [similarity[i][t] for t in range(12) if t != i and not batch.holds[t, i]]))
-        info_nce.append(cross_entropy(own, [similarity[b][i] for b in range(12) if b != i and not batch.holds[i, b]]))
-        negatives = [similarity[i][12 * (k + 1) + i] for k in range(WRONG_TEXTS) if not batch.wrong_holds[i, k]]
+        info_nce.append(cross_entropy(own, [similarity[i][t] for t in range(12) if t != i and not group.holds[t, i]]))
+        info_nce.append(cross_entropy(own, [similarity[b][i] for b in range(12) if b != i and not group.holds[i, b]]))
+        negatives = [similarity[i][12 * (k + 1) + i] for k in range(WRONG_TEXTS) if not group.wrong_holds[i, k]]
         wrong.append(cross_entropy(own, negatives))
         j = (i + 6) % 12
-        twin.append(cross_entropy(own, [] if batch.holds[j, i] else [similarity[i][j]]))
-        twin.append(cross_entropy(own, [] if batch.holds[i, j] else [similarity[j][i]]))
+        twin.append(cross_entropy(own, [] if group.holds[j, i] else [similarity[i][j]]))
+        twin.append(cross_entropy(own, [] if group.holds[i, j] else [similarity[j][i]]))
     expected = torch.tensor([sum(values) / len(values) for values in (info_nce, wrong, twin)])
-    torch.testing.assert_close(torch.stack(contrastive_losses(image, text, scale, batch)), expected)
+    torch.testing.assert_close(contrastive_losses(image, text, scale, group), expected)
 
 
 def test_perfect_patch_predictions_cost_nothing():
@@ -134,15 +147,29 @@ def test_perfect_patch_predictions_cost_nothing():
 def test_batches_are_repeatable_and_follow_the_curriculum():
     first, again = (make_batch(5, 16, seed=3, progress=0.9, device="cpu") for _ in range(2))
     torch.testing.assert_close(first.pixels, again.pixels, rtol=0, atol=0)
-    torch.testing.assert_close(first.tokens, again.tokens, rtol=0, atol=0)
-    assert first.holds.diagonal().all()
-    assert make_batch(6, 16, seed=3, progress=0.9, device="cpu").tokens.ne(first.tokens).any()
-    most = [make_batch(5, 64, seed=3, progress=value, device="cpu").scenes.count.max() for value in (0.0, 0.1, 0.9)]
-    assert [int(value) for value in most] == [1, 2, 8]
+    other = make_batch(6, 16, seed=3, progress=0.9, device="cpu")
+    for group, same, different in zip(first.groups, again.groups, other.groups, strict=True):
+        torch.testing.assert_close(group.tokens, same.tokens, rtol=0, atol=0)
+        assert group.holds.diagonal().all()
+        assert different.tokens.ne(group.tokens).any()
+    progress = (0.0, 0.1, 0.15, 0.9)
+    most = [make_batch(5, 64, seed=3, progress=value, device="cpu").scenes.count.max() for value in progress]
+    assert [int(value) for value in most] == [1, 2, 4, 8]
+
+
+def test_short_text_gets_the_features_of_padded_text():
+    batch = make_batch(2, 8, seed=0, progress=0.9, device="cpu")
+    task = TeacherTask(build_model(model_config(64, 1, 2, 16), seed=0)).eval()
+    with torch.no_grad():
+        _, text, _ = task(batch.pixels, batch.lists, batch.short)
+        for features, group in zip(split_text(text, batch), batch.groups, strict=True):
+            assert (group.tokens[:, SHORT_LENGTH:] == PAD).all() or group is batch.groups[0]
+            torch.testing.assert_close(features, task.clip.encode_text(group.tokens, normalize=True))
 
 
 def test_tokenizer_reads_captions_as_the_tensors_do(scenes):
-    tokens = tokenize(mixed_captions(scenes, Draws(5, INDICES)))
+    kinds = (list_captions, phrase_captions, relation_captions, count_captions)
+    tokens = torch.cat([tokenize(kind(scenes, Draws(5, INDICES))) for kind in kinds])
     texts = [" ".join(WORDS[token] for token in row if WORDS[token][0] != "<") for row in tokens.tolist()]
     tokenizer = build_tokenizer()
     torch.testing.assert_close(tokenizer(texts, padding="max_length", return_tensors="pt").input_ids, tokens)
