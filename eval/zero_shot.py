@@ -19,7 +19,7 @@ from sf_mllm.errors import InputError, report_input_errors
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from eval.scene_tasks import ZeroShotTask
+    from sf_mllm.data.scene_tasks import ZeroShotTask
 
 PROTOCOL = "scenes-zero-shot-1"
 
@@ -101,7 +101,7 @@ def evaluate_directory(
     """
     import open_clip
 
-    from eval.scene_tasks import build_tasks
+    from sf_mllm.data.scene_tasks import build_tasks
 
     clip_directory = Path(resolve_demo(str(clip_directory)))
     if not (clip_directory / "open_clip_config.json").is_file():

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from eval.scene_tasks import build_tasks
 from eval.zero_shot import ZeroShotResult, evaluate, evaluate_directory, format_results
 from scripts.demo.clip_model import build_model, build_tokenizer, create_directory, model_config, save_weights
 from scripts.demo.clip_step import IMAGE_SIZE, TeacherTask, contrastive_losses, make_batch, patch_loss, split_text
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
 from sf_mllm.data.scene_captions import CONTEXT_LENGTH
 from sf_mllm.data.scene_render import render
+from sf_mllm.data.scene_tasks import build_tasks
 from sf_mllm.errors import InputError, report_input_errors
 
 PATCH_LOSS_WEIGHTS = (0.3, 0.03)  # at the start and at the end of the run

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from eval.scene_tasks import build_tasks
 from eval.zero_shot import evaluate, evaluate_directory, main
 from scripts.demo.clip_model import build_model, build_tokenizer, create_directory, model_config, save_weights
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
 from sf_mllm.data.scene_captions import full_captions, tokenize
 from sf_mllm.data.scene_language import objects_of
 from sf_mllm.data.scene_render import render
+from sf_mllm.data.scene_tasks import build_tasks
 from sf_mllm.errors import InputError
 from tests.data.scene_oracle import caption_holds
 from tests.encoder.tiny import tiny_model
