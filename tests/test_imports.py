@@ -18,14 +18,15 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors", "constants"},
     "assets": {"errors", "constants"},
+    "regions": set(),
     "ops": _BASE,
     "encoder": _BASE | {"ops"},
     "vlm": _BASE | {"ops", "encoder"},
     "registration": {"encoder", "vlm"},
     "data": _BASE,
-    "training": _BASE | {"ops", "encoder", "vlm", "data", "registration"},
-    "inference": _BASE | {"ops", "encoder", "vlm", "registration"},
-    "cli": _BASE | {"ops", "encoder", "vlm", "registration", "inference", "data"},
+    "training": _BASE | {"ops", "encoder", "vlm", "data", "registration", "regions"},
+    "inference": _BASE | {"ops", "encoder", "vlm", "registration", "regions"},
+    "cli": _BASE | {"ops", "encoder", "vlm", "registration", "regions", "inference", "data"},
 }
 # Packages that only these parts or files may import.
 ONLY_IN = {

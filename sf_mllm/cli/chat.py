@@ -173,7 +173,7 @@ class Conversation:
         Raises:
             InputError: there is no image, the model has no regions, or the file cannot be written or is the user's own.
         """
-        from sf_mllm.inference.regions import draw_regions
+        from sf_mllm.regions import draw_regions
 
         if path != _REGIONS_FILE and path not in self._drawn and os.path.exists(path):
             raise InputError(f"'{path}' exists already; give another name to draw the regions in.")

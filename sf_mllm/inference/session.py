@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteria, TextIteratorStreamer
 
 from sf_mllm.errors import InputError, is_valid_text
-from sf_mllm.inference.regions import seen_area
+from sf_mllm.regions import seen_area
 
 
 @dataclass

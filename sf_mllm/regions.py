@@ -52,17 +52,13 @@ def draw_regions(image: Image.Image, rois: Tensor) -> Image.Image:
     Returns:
         An RGB picture of two panels with captions, the longer side of a panel 720 px.
     """
-    scale = _PANEL_SIDE / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    boxes = rois.double().numpy()
-    boxes = np.concatenate([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], axis=1)
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    order = np.argsort(-areas, kind="stable")
-    base = image.resize(size, Image.Resampling.LANCZOS)
-    side = np.sqrt(np.median(areas))
+    base = _resize(image, _PANEL_SIDE)
+    size = base.size
+    boxes = _sort_by_area(rois)
+    side = np.sqrt(np.median(_areas(boxes)))
 
     panels = [
-        (_boxes_panel(base, boxes[order]), f"{len(boxes)} regions, largest violet, smallest yellow"),
+        (_boxes_panel(base, boxes), f"{len(boxes)} regions, largest violet, smallest yellow"),
         (_coverage_panel(base, boxes), f"bright: covered by many regions (median side {side:.0%} of the image)"),
     ]
     canvas = Image.new("RGB", (2 * size[0] + 3 * _MARGIN, size[1] + _CAPTION_HEIGHT + 2 * _MARGIN), _BACKGROUND)
@@ -75,14 +71,46 @@ def draw_regions(image: Image.Image, rois: Tensor) -> Image.Image:
     return canvas
 
 
+def draw_boxes(image: Image.Image, rois: Tensor, side: int) -> Image.Image:
+    """Draw every region as a translucent box, the largest violet, the smallest yellow.
+
+    Args:
+        image: RGB.
+        rois: [N, 4], (x1, y1, x2, y2) relative to the image; parts outside are cut off.
+        side: longer side of the result in pixels.
+
+    Returns:
+        An RGB picture.
+    """
+    return _boxes_panel(_resize(image, side), _sort_by_area(rois))
+
+
+def _resize(image: Image.Image, side: int) -> Image.Image:
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _sort_by_area(rois: Tensor) -> np.ndarray:
+    """Put corners in order, and boxes from the largest to the smallest: [N, 4]."""
+    boxes = rois.double().numpy()
+    boxes = np.concatenate([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], axis=1)
+    return boxes[np.argsort(-_areas(boxes), kind="stable")]
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
 def _boxes_panel(base: Image.Image, boxes: np.ndarray) -> Image.Image:
     size = (base.width * _SUPERSAMPLING, base.height * _SUPERSAMPLING)
     panel = base.resize(size, Image.Resampling.BICUBIC).convert("RGBA")
+    line_width = max(2, round(2 * _SUPERSAMPLING * max(base.size) / _PANEL_SIDE))
     pixels = boxes * np.array([*size, *size])
     for rank, box in enumerate(pixels):
         colour = _colour(rank / max(1, len(pixels) - 1))
         layer = Image.new("RGBA", size)
-        ImageDraw.Draw(layer).rectangle(tuple(box), (*colour, 16), (*colour, 220), 2 * _SUPERSAMPLING)
+        ImageDraw.Draw(layer).rectangle(tuple(box), (*colour, 16), (*colour, 220), line_width)
         panel.alpha_composite(layer)
     return panel.convert("RGB").resize(base.size, Image.Resampling.LANCZOS)
 

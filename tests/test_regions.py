@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from sf_mllm.encoder.image_processing_sparseformer import SparseFormerImageProcessor
-from sf_mllm.inference.regions import draw_regions, seen_area
+from sf_mllm.regions import draw_regions, seen_area
 
 CROP = {"do_center_crop": True, "crop_size": {"height": 24, "width": 24}}
 
