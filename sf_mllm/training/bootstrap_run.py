@@ -19,6 +19,7 @@ from sf_mllm.training.bootstrap_task import BootstrapTask
 from sf_mllm.training.bootstrap_trainer import BootstrapTrainer
 from sf_mllm.training.progress import report_progress
 from sf_mllm.training.run_folder import RunFolder, write_directory_atomically
+from sf_mllm.training.step_times import describe_speed
 from sf_mllm.training.teachers import Teacher, load_teacher
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,10 @@ def run_bootstrap(config: BootstrapConfig) -> Path:
         report_progress(trainer, run)
         log_plan(run, trainer, report)
         trainer.train(resume_from_checkpoint=run.find_last_checkpoint())
+        speed = trainer.times.summary()
+        if speed:  # else an earlier start took the last step
+            run.update_record(speed=speed)
+            logger.info("%s", describe_speed(speed))
         run.update_record(
             agreement=measure_agreement(trainer),
             unreadable_images=trainer.train_dataset.files.num_unreadable + trainer.eval_dataset.files.num_unreadable,

@@ -12,6 +12,7 @@ from sf_mllm.data.images import HeldOutImages, TrainingImages
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.training.bootstrap_evaluation import evaluate_on_held_out
 from sf_mllm.training.bootstrap_task import BootstrapTask
+from sf_mllm.training.step_times import StepTimes
 
 
 class BootstrapTrainer(Trainer):
@@ -39,21 +40,41 @@ class BootstrapTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._loss_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._num_losses = 0
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        self.times = StepTimes(self.args.device, images_per_step=batch_size)
+        self.add_callback(self.times)
         task.teacher.to(self.args.device)
         if self.args.torch_compile:
             task.teacher.compile()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetch the micro-batches of one step, and note how long that took."""
+        self.times.lap("other")
+        batches = super().get_batch_samples(*args, **kwargs)
+        self.times.lap("data")
+        return batches
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward on one micro-batch."""
+        loss = super().training_step(*args, **kwargs)
+        self.times.lap("backward")
+        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Student and teacher on one batch of uint8 images."""
         output = model(self.task.normalise(inputs["pixel_values"]))
+        self.times.lap("student")
         with self.precision():
-            losses = self.task.losses(output, self.task.targets(inputs))
+            target = self.task.targets(inputs)
+            self.times.lap("teacher")
+            losses = self.task.losses(output, target)
         for name, loss in losses.items():
             self._loss_sums[name] += loss.detach().mean()
         self._num_losses += 1
         total = self.task.total(losses)
+        self.times.lap("losses")
         return (total, output) if return_outputs else total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -64,6 +85,7 @@ class BootstrapTrainer(Trainer):
                 logs[f"loss_{name}"] = self.accelerator.gather(value).mean().item() / self._num_losses
             self._loss_sums.clear()
             self._num_losses = 0
+            logs |= self.times.end_interval()
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

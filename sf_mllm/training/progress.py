@@ -90,7 +90,7 @@ class ProgressReporter(TrainerCallback):
         width = len(str(state.max_steps))
         parts = [f"step {state.global_step:>{width}}/{state.max_steps}"]
         for key, value in row.items():
-            if key not in _NOT_ON_THE_LINE and isinstance(value, int | float):
+            if key not in _NOT_ON_THE_LINE and not key.startswith("time_") and isinstance(value, int | float):
                 parts.append(f"{key} {value:.4g}")
         if "samples_per_s" in row:
             seconds_a_step = (now - self._began) / (state.global_step - self._first_step)
