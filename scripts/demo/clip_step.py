@@ -1,8 +1,6 @@
-"""One step of the demo teacher's training: the batch, the model with its patch head, the losses."""
+"""One step of the demo teacher's training: the model with its patch head, the losses."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,61 +8,12 @@ from open_clip import CLIP
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
-from scripts.demo.scene_supervision import make_twins, patch_owners
+from scripts.demo.clip_batch import WRONG_TEXTS, Batch, CaptionGroup
+from scripts.demo.scene_supervision import patch_owners
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
-from sf_mllm.data.scene_captions import (
-    SHORT_LENGTH,
-    Captions,
-    count_captions,
-    list_captions,
-    may_hold,
-    phrase_captions,
-    relation_captions,
-    tokenize,
-    wrong_captions,
-)
-from sf_mllm.data.scene_render import render
-from sf_mllm.data.scene_sampling import COLORS, SHAPES, SIZES, Draws, Scenes, ScenesConfig, concatenate, sample_scenes
+from sf_mllm.data.scene_sampling import COLORS, SHAPES, SIZES, Scenes
 
-IMAGE_SIZE = 224
-WRONG_TEXTS = 3  # wrong versions of each caption
-PHASES = ((0.04, 1), (0.1, 2), (0.2, 4), (1.0, 8))  # (until this share of the run, most objects)
-_CAPTION_KINDS: tuple[Callable[[Scenes, Draws], Captions], ...] = (
-    list_captions,
-    phrase_captions,
-    relation_captions,
-    count_captions,
-)  # lists first: the others are short and encoded together
 _PATCH_CLASSES = (len(COLORS), len(SHAPES), len(SIZES), 1)  # the last: does the patch show an object
-_TWIN_SEED_OFFSET, _CAPTION_SEED_OFFSET, _WRONG_SEED_OFFSET = 1_000_000_007, 2_000_000_011, 3_000_000_019
-
-
-@dataclass
-class CaptionGroup:
-    """Captions of one kind, one of each image, and what is known of their truth."""
-
-    tokens: Tensor  # [(1 + WRONG_TEXTS) * B, T], true captions first
-    holds: Tensor  # [B, B] bool, caption t may be true of scene b
-    wrong_holds: Tensor  # [B, WRONG_TEXTS] bool, a wrong caption may be true after all
-
-
-@dataclass
-class Batch:
-    """One training batch: originals in the first half, their twins in the second."""
-
-    scenes: Scenes
-    pixels: Tensor  # [B, 3, H, W] uint8
-    groups: list[CaptionGroup]  # as _CAPTION_KINDS
-
-    @property
-    def lists(self) -> Tensor:
-        """Tokens of the lists: [(1 + WRONG_TEXTS) * B, CONTEXT_LENGTH]."""
-        return self.groups[0].tokens
-
-    @property
-    def short(self) -> Tensor:
-        """Tokens of all other captions: [3 * (1 + WRONG_TEXTS) * B, SHORT_LENGTH]."""
-        return torch.cat([group.tokens[:, :SHORT_LENGTH] for group in self.groups[1:]])
 
 
 class TeacherTask(nn.Module):
@@ -108,43 +57,6 @@ class TeacherTask(nn.Module):
         features = clip.ln_final(clip.transformer(features, attn_mask=clip.attn_mask[:length, :length]))
         pooled = text_global_pool(features, tokens, clip.text_pool_type, eos_token_id=clip.text_eos_id)
         return F.normalize((pooled @ clip.text_projection).float(), dim=-1)
-
-
-def make_batch(
-    step: int, batch_size: int, seed: int, progress: float, device: str, draw: Callable[[Scenes, int], Tensor] = render
-) -> Batch:
-    """Make scenes, twins, captions and wrong captions; the same arguments give the same batch.
-
-    Args:
-        step: number of the batch.
-        batch_size: originals and twins together.
-        seed: of the run.
-        progress: 0..1, decides the phase of the curriculum.
-        device: to work on.
-        draw: `render`, possibly compiled.
-    """
-    max_objects = next(objects for until, objects in PHASES if progress <= until)
-    half = batch_size // 2
-    indices = torch.arange(step * half, (step + 1) * half, device=device)
-    originals = sample_scenes(indices, ScenesConfig(seed=seed, max_objects=max_objects))
-    scenes = concatenate((originals, make_twins(originals, Draws(seed + _TWIN_SEED_OFFSET, indices))))
-
-    indices = torch.cat((indices, indices))  # twins get captions, and wrong captions, of the same structure
-    draws = Draws(seed + _CAPTION_SEED_OFFSET, indices)
-    wrong_indices = torch.cat([WRONG_TEXTS * indices + number for number in range(WRONG_TEXTS)])
-    wrong_draws = Draws(seed + _WRONG_SEED_OFFSET, wrong_indices)
-    groups = [make_group(scenes, kind(scenes, draws), wrong_draws) for kind in _CAPTION_KINDS]
-    return Batch(scenes=scenes, pixels=draw(scenes, IMAGE_SIZE), groups=groups)
-
-
-def make_group(scenes: Scenes, captions: Captions, wrong_draws: Draws) -> CaptionGroup:
-    """Add wrong versions to one caption of each scene, and find out what is true of what."""
-    wrong = wrong_captions(concatenate([captions] * WRONG_TEXTS), wrong_draws)
-    return CaptionGroup(
-        tokens=tokenize(concatenate((captions, wrong))),
-        holds=may_hold(captions, scenes, all_pairs=True),
-        wrong_holds=may_hold(wrong, concatenate([scenes] * WRONG_TEXTS)).view(WRONG_TEXTS, -1).T,
-    )
 
 
 def split_text(text: Tensor, batch: Batch) -> list[Tensor]:

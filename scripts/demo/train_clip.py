@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from eval.zero_shot import ZeroShotResult, evaluate, evaluate_directory, format_results
+from scripts.demo.clip_batch import IMAGE_SIZE, BatchMaker
 from scripts.demo.clip_model import build_model, build_tokenizer, create_directory, model_config, save_weights
-from scripts.demo.clip_step import IMAGE_SIZE, TeacherTask, contrastive_losses, make_batch, patch_loss, split_text
+from scripts.demo.clip_step import TeacherTask, contrastive_losses, patch_loss, split_text
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
 from sf_mllm.data.scene_captions import CONTEXT_LENGTH
-from sf_mllm.data.scene_render import render
 from sf_mllm.data.scene_tasks import build_tasks
 from sf_mllm.errors import InputError, report_input_errors
 
@@ -87,7 +87,7 @@ def train(options: argparse.Namespace) -> list[ZeroShotResult]:
     task = TeacherTask(clip).to(device)
     # Every step has the same shapes, so each is compiled once.
     forward = torch.compile(task, dynamic=False) if options.compile else task
-    draw = torch.compile(render, dynamic=False) if options.compile else render
+    batches = BatchMaker(options.batch_size, options.seed, device, compiles=options.compile)
     optimizer = build_optimizer(task, device)
     tasks = build_tasks(options.samples)
     hf_tokenizer = build_tokenizer()
@@ -128,7 +128,7 @@ def train(options: argparse.Namespace) -> list[ZeroShotResult]:
         learning_rate = LEARNING_RATE * min(1, (step + 1) / WARM_UP_STEPS) * (1 + math.cos(math.pi * progress)) / 2
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        batch = make_batch(step, options.batch_size, options.seed, progress, device, draw)
+        batch = batches.make(step, progress)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")):
             image, text, patches = forward(batch.pixels, batch.lists, batch.short)
         scale = clip.logit_scale.exp()

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from scripts.demo.clip_batch import WRONG_TEXTS, BatchMaker
 from scripts.demo.clip_model import WEIGHTS_FILE, build_model, build_tokenizer, model_config
-from scripts.demo.clip_step import WRONG_TEXTS, TeacherTask, contrastive_losses, make_batch, patch_loss, split_text
+from scripts.demo.clip_step import TeacherTask, contrastive_losses, patch_loss, split_text
 from scripts.demo.scene_supervision import make_twins, patch_owners
 from scripts.demo.train_clip import main
 from sf_mllm.data.scene_captions import (
@@ -27,6 +28,10 @@ from sf_mllm.data.scene_language import objects_of
 from sf_mllm.data.scene_sampling import MAX_OBJECTS, UNIT, Draws, ScenesConfig, sample_scenes
 
 INDICES = torch.arange(400)
+
+
+def make_batch(step, batch_size, seed, progress):
+    return BatchMaker(batch_size, seed, "cpu").make(step, progress)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +112,7 @@ def test_patch_owners_follow_distance(scenes):
 
 @pytest.mark.parametrize("number", range(4))
 def test_losses_equal_a_plain_loop(number):
-    group = make_batch(3, 12, seed=0, progress=0.5, device="cpu").groups[number]
+    group = make_batch(3, 12, seed=0, progress=0.5).groups[number]
     generator = torch.Generator().manual_seed(0)
     image = F.normalize(torch.randn(12, 5, generator=generator), dim=-1)
     text = F.normalize(torch.randn(12 * (1 + WRONG_TEXTS), 5, generator=generator), dim=-1)
@@ -132,7 +137,7 @@ def test_losses_equal_a_plain_loop(number):
 
 
 def test_perfect_patch_predictions_cost_nothing():
-    batch = make_batch(0, 8, seed=0, progress=0.5, device="cpu")
+    batch = make_batch(0, 8, seed=0, progress=0.5)
     owner = patch_owners(batch.scenes, 14)
     slot = owner.clamp(min=0)
     logits = [
@@ -145,20 +150,20 @@ def test_perfect_patch_predictions_cost_nothing():
 
 
 def test_batches_are_repeatable_and_follow_the_curriculum():
-    first, again = (make_batch(5, 16, seed=3, progress=0.9, device="cpu") for _ in range(2))
+    first, again = (make_batch(5, 16, seed=3, progress=0.9) for _ in range(2))
     torch.testing.assert_close(first.pixels, again.pixels, rtol=0, atol=0)
-    other = make_batch(6, 16, seed=3, progress=0.9, device="cpu")
+    other = make_batch(6, 16, seed=3, progress=0.9)
     for group, same, different in zip(first.groups, again.groups, other.groups, strict=True):
         torch.testing.assert_close(group.tokens, same.tokens, rtol=0, atol=0)
         assert group.holds.diagonal().all()
         assert different.tokens.ne(group.tokens).any()
     progress = (0.0, 0.1, 0.15, 0.9)
-    most = [make_batch(5, 64, seed=3, progress=value, device="cpu").scenes.count.max() for value in progress]
+    most = [make_batch(5, 64, seed=3, progress=value).scenes.count.max() for value in progress]
     assert [int(value) for value in most] == [1, 2, 4, 8]
 
 
 def test_short_text_gets_the_features_of_padded_text():
-    batch = make_batch(2, 8, seed=0, progress=0.9, device="cpu")
+    batch = make_batch(2, 8, seed=0, progress=0.9)
     task = TeacherTask(build_model(model_config(64, 1, 2, 16), seed=0)).eval()
     with torch.no_grad():
         _, text, _ = task(batch.pixels, batch.lists, batch.short)
