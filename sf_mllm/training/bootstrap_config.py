@@ -70,6 +70,19 @@ class LossConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """What each evaluation measures besides agreement with the teacher and where the regions are."""
+
+    zero_shot: str | None = None
+    """Tasks that student and teacher solve: "scenes", a folder that holds tasks.jsonl, or a folder of images for each
+    class; null: none."""
+    samples: int = 512
+    """Most samples a task; and scenes on which it is measured whether regions find objects, if the tasks are scenes."""
+    prompts: list[str] = field(default_factory=lambda: ["a photo of a {}."])
+    """A CLIP reads the name of a class in place of "{}"; of several prompts the features are averaged."""
+
+
+@dataclass
 class BootstrapConfig:
     """A bootstrap run."""
 
@@ -79,6 +92,7 @@ class BootstrapConfig:
     student: StudentConfig = field(default_factory=StudentConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     inherited_learning_rate: float = 3e-4
     """Peak rate of inherited cortex blocks; new parts use train.learning_rate."""
     seed: int = 0
@@ -99,6 +113,10 @@ class BootstrapConfig:
              "at least 0 and below 1"),
             ("data.resolution", self.data.resolution, self.data.resolution >= 8, "at least 8"),
             ("data.held_out", self.data.held_out, self.data.held_out >= 2, "at least 2"),
+            ("evaluation.samples", self.evaluation.samples, self.evaluation.samples >= 2, "at least 2"),
+            ("evaluation.prompts", self.evaluation.prompts,
+             all("{}" in prompt for prompt in self.evaluation.prompts) and self.evaluation.prompts,
+             'one or more sentences with "{}" in the place of the class'),
             ("inherited_learning_rate", self.inherited_learning_rate, self.inherited_learning_rate >= 0, "at least 0"),
             ("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
         ):  # fmt: skip

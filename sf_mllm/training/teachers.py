@@ -116,14 +116,15 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     return teacher
 
 
-def _load_open_clip(config: TeacherConfig) -> OpenClipTeacher:
-    model = _resolve(config.model)
+def load_clip(config: TeacherConfig) -> Any:
+    """Build a whole open_clip model, text tower included; `load_teacher` says what goes wrong in words."""
+    model = resolve_model(config.model)
     if model.startswith(_DIRECTORY_SCHEMES):
-        return OpenClipTeacher(open_clip.create_model(model, require_pretrained=True))
+        return open_clip.create_model(model, require_pretrained=True)
     _refuse_unknown(model, open_clip.list_models(), "open_clip")
     if config.pretrained is None:
         # Without weights nothing ties it to the CPU: under `torch.device("meta")` a size can be tried for free.
-        return OpenClipTeacher(open_clip.create_model(model, device=torch.get_default_device()))
+        return open_clip.create_model(model, device=torch.get_default_device())
     if not Path(config.pretrained).is_file():
         tags = open_clip.list_pretrained_tags_by_model(model)
         if config.pretrained not in tags:
@@ -139,11 +140,11 @@ def _load_open_clip(config: TeacherConfig) -> OpenClipTeacher:
                 f"The weights '{config.pretrained}' were trained with {'quick ' if needs else 'plain '}GELU, "
                 f"the architecture '{model}' uses the other one; set teacher.model={twin}."
             )
-    return OpenClipTeacher(open_clip.create_model(model, config.pretrained, require_pretrained=True))
+    return open_clip.create_model(model, config.pretrained, require_pretrained=True)
 
 
 def _load_timm(config: TeacherConfig) -> TimmTeacher:
-    model = _resolve(config.model)
+    model = resolve_model(config.model)
     if model.startswith(_DIRECTORY_SCHEMES):
         vit = timm.create_model(model, pretrained=True)
     else:
@@ -165,16 +166,20 @@ def _load_timm(config: TeacherConfig) -> TimmTeacher:
     return TimmTeacher(vit)
 
 
-_LOADERS: dict[str, Callable[[TeacherConfig], Teacher]] = {"open_clip": _load_open_clip, "timm": _load_timm}
+_LOADERS: dict[str, Callable[[TeacherConfig], Teacher]] = {
+    "open_clip": lambda config: OpenClipTeacher(load_clip(config)),
+    "timm": _load_timm,
+}
 
 
-def _resolve(model: str) -> str:
+def resolve_model(model: str) -> str:
+    """Return the name under which open_clip and timm know a model: "demo:..." becomes the directory that ships."""
     path = resolve_demo(model)
     return path if path == model else f"local-dir:{path}"
 
 
 def _brings_its_weights(model: str) -> bool:
-    return _resolve(model).startswith(_DIRECTORY_SCHEMES)
+    return resolve_model(model).startswith(_DIRECTORY_SCHEMES)
 
 
 def _refuse_unknown(model: str, known: list[str], library: str) -> None:
