@@ -63,6 +63,8 @@ def make_training_arguments(train: dict[str, Any], checkpoints: str | Path, seed
         "bf16": has_cuda and torch.cuda.is_bf16_supported() and not train.get("fp16", False),
         "use_cpu": not has_cuda and not torch.backends.mps.is_available(),
         "dataloader_pin_memory": has_cuda,
+        "accelerator_config": {"non_blocking": has_cuda},  # else each upload waits for all earlier work of the device
+        "tf32": False,  # with torch_compile transformers would switch it on, and round what predicts coordinates
         "logging_steps": 10,
         "logging_nan_inf_filter": False,  # a NaN must be seen, not replaced by the mean of the losses before it
         "save_total_limit": 2,

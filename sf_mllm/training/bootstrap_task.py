@@ -1,5 +1,7 @@
 """Stage one's task: what a student is asked, with its frozen teacher, images and losses."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,15 +57,23 @@ class BootstrapTask:
     def normalise(self, images: Tensor, size: int | None = None) -> Tensor:
         """Turn uint8 images into the pixels that teacher and student were made for; they share mean and deviation.
 
+        The result lies in memory as `channels_last`, which convolutions on a GPU read fastest.
+
         Args:
             images: [B, 3, R, R], uint8.
             size: side to resize to; None keeps R.
         """
-        pixels = images.float() / 255
+        pixels = images.to(torch.float32, memory_format=torch.channels_last) / 255
         if size is not None and size != images.shape[-1]:
             pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (
-            torch.tensor(values, device=images.device).view(3, 1, 1)
+            _per_channel(values, images.device)
             for values in (self.teacher.preprocessing.mean, self.teacher.preprocessing.std)
         )
         return (pixels - mean) / std
+
+
+@lru_cache
+def _per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """Return [3, 1, 1] on a device; kept, since each copy from the host would make the host wait for the device."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
