@@ -233,7 +233,7 @@ def checksum(key: ImageKey, crop_number: int, parts: dict[str, np.ndarray]) -> i
     """CRC-32 of one crop's targets, and of where they belong, so that no other crop's are taken for them."""
     value = zlib.crc32(f"{key.group}\n{key.row}\n{crop_number}".encode())
     for name in ("crops", "embedding", "patches", "scales"):
-        value = zlib.crc32(np.ascontiguousarray(parts[name]), value)
+        value = zlib.crc32(parts[name].tobytes(), value)
     return value
 
 

@@ -83,6 +83,20 @@ class EvaluationConfig:
 
 
 @dataclass
+class StoreConfig:
+    """Where the teacher's outputs are kept, so that it runs once and not every epoch."""
+
+    path: str | None = None
+    """Directory that `python -m sf_mllm.training.reinforce` makes and a run reads in place of asking the teacher; null:
+    the teacher sees every crop of every epoch."""
+    crops: int = 4
+    """Crops stored for each training image; a run that reads them takes the next one each epoch, then begins again."""
+    grid: int = 7
+    """The teacher's patch features are averaged to this many squared; its own number and above keep them as they are. A
+    region smaller than a few of these cells learns from blurred features."""
+
+
+@dataclass
 class BootstrapConfig:
     """A bootstrap run."""
 
@@ -91,6 +105,7 @@ class BootstrapConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     inherited_learning_rate: float = 3e-4
@@ -117,6 +132,8 @@ class BootstrapConfig:
             ("evaluation.prompts", self.evaluation.prompts,
              all("{}" in prompt for prompt in self.evaluation.prompts) and self.evaluation.prompts,
              'one or more sentences with "{}" in the place of the class'),
+            ("store.crops", self.store.crops, self.store.crops >= 1, "at least 1"),
+            ("store.grid", self.store.grid, self.store.grid >= 1, "at least 1"),
             ("inherited_learning_rate", self.inherited_learning_rate, self.inherited_learning_rate >= 0, "at least 0"),
             ("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
         ):  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sf_mllm.data.teacher_store import dequantise
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerOutput
 from sf_mllm.training.bootstrap_config import LossConfig
 from sf_mllm.training.losses import average_in_rois, embedding_loss, roi_hinge_loss, token_loss
@@ -25,11 +26,14 @@ class BootstrapTask:
         self.weights = weights
 
     def targets(self, batch: dict[str, Tensor]) -> TeacherOutput:
-        """Return what the teacher says about a batch of crops.
+        """Return what the teacher says about a batch of crops, from a store if the batch comes from one.
 
         Args:
-            batch: "pixel_values", [B, 3, R, R], uint8.
+            batch: "pixel_values", [B, 3, R, R], uint8; with a store also what `TeacherStore.read` returns.
         """
+        if "teacher_patches" in batch:
+            feature_map = dequantise(batch["teacher_patches"], batch["teacher_scales"])
+            return TeacherOutput(batch["teacher_embedding"].float(), feature_map)
         return self.teacher(self.normalise(batch["pixel_values"], self.teacher.preprocessing.image_size))
 
     def losses(self, output: SparseFormerOutput, target: TeacherOutput) -> dict[str, Tensor]:
