@@ -33,7 +33,7 @@ ONLY_IN = {
     "argparse": {"errors.py", "cli", "training", "data"},
     "peft": {"vlm/adapters.py", "training"},
     "open_clip": {"training", "encoder/open_clip_tower.py"},
-    "timm": {"training"},
+    "timm": {"training", "encoder/vit_timm.py"},
     "omegaconf": {"config.py", "training"},
     "accelerate": {"training"},
 }

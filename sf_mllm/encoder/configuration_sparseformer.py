@@ -43,8 +43,11 @@ class SparseFormerConfig(PreTrainedConfig):
         hidden_act: activation of the cortex MLPs; weights of OpenAI's CLIP need "quick_gelu".
         layer_norm_eps: of the cortex and the final norm.
         use_cls_token: a class token joins the latent tokens at the cortex.
-        pooling: "cls" (class token of the normalised tokens), "mean_then_norm" or "norm_then_mean" (of the latents).
-        projection_size: width of `pooler_output`; None leaves it at D without a projection.
+        final_norm: the tokens that come out are normalised; false for the few ViTs without such a norm.
+        pooling: "cls" (class token of the normalised tokens), "mean_then_norm" or "norm_then_mean" (of the latents), or
+            "attention" (a learned query reads the normalised latents).
+        projection_size: width of `pooler_output`; None leaves it at D without a projection. In a classifier these are
+            logits, and `id2label` names them.
         projection_bias: the projection has a bias (classifiers do, CLIP does not).
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 over all executions.
     """
@@ -73,7 +76,8 @@ class SparseFormerConfig(PreTrainedConfig):
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     use_cls_token: bool = True
-    pooling: Literal["cls", "mean_then_norm", "norm_then_mean"] = "cls"
+    final_norm: bool = True
+    pooling: Literal["cls", "mean_then_norm", "norm_then_mean", "attention"] = "cls"
     projection_size: int | None = 512
     projection_bias: bool = False
     drop_path_rate: float = 0.0
@@ -119,7 +123,7 @@ class SparseFormerConfig(PreTrainedConfig):
             if self.family == "bootstrapped" and (width % 4 or width < 8):
                 raise InputError(f"{width_name} must be a multiple of 4 and at least 8 (RoI code), got {width}.")
         if self.pooling == "cls" and not self.use_cls_token:
-            raise InputError("pooling 'cls' needs use_cls_token=True; without it choose a mean pooling.")
+            raise InputError("pooling 'cls' needs use_cls_token=True; without it choose a mean or attention pooling.")
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise InputError(f"drop_path_rate must lie in [0, 1), got {self.drop_path_rate}.")
 

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from typing_extensions import Self
 
+from sf_mllm.encoder.attention_pool import AttentionPool
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.cortex import CortexBlock
 from sf_mllm.encoder.focusing import FocusingStage, drop_path_rates
@@ -21,8 +22,7 @@ from sf_mllm.encoder.mixing import AdaptiveMixingV1
 from sf_mllm.encoder.sampler import InitialLatents, RoiSampler
 from sf_mllm.encoder.stem import Stem
 from sf_mllm.encoder.strict_loading import StrictLoadingMixin
-from sf_mllm.encoder.vit_description import describe_vit
-from sf_mllm.encoder.weights_vit import InheritanceReport, config_for_vit, inherit_weights
+from sf_mllm.encoder.weights_vit import InheritanceReport, config_for_vit, describe_vit, inherit_weights
 from sf_mllm.ops.roi import ROI_LAYOUTS
 
 FOCUSING_STAGES: dict[str, type[nn.Module]] = {"bootstrapped": FocusingStage, "v1": FocusingStageV1}
@@ -34,7 +34,8 @@ class SparseFormerOutput(ModelOutput):
 
     Attributes:
         last_hidden_state: [B, N(+1), D], tokens after the final norm, class token first where there is one.
-        pooler_output: [B, projection_size], for CLIP models the (not normalised) embedding of the image.
+        pooler_output: [B, projection_size], for CLIP models the (not normalised) embedding of the image, for
+            classifiers the logits of the classes that `config.id2label` names.
         rois: [B, steps, N, 4], fp32, (x1, y1, x2, y2) relative to the image: the initial RoIs, then one entry per
             adjustment. They may leave the image.
         hidden_states: on request, cortex input and the output of every cortex block, [B, N(+1), D] each, the last one
@@ -95,7 +96,20 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
             )
             for rate in rates
         )
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm: nn.Module = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
+        )
+        self.attention_pool = (
+            AttentionPool(
+                config.hidden_size,
+                config.num_attention_heads,
+                config.intermediate_size,
+                config.hidden_act,
+                config.layer_norm_eps,
+            )
+            if config.pooling == "attention"
+            else None
+        )
         self.projection = (
             nn.Linear(config.hidden_size, config.projection_size, bias=config.projection_bias)
             if config.projection_size is not None
@@ -150,6 +164,8 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
         if self.config.pooling == "cls":
             return normed[:, 0]
         first_latent = int(self.config.use_cls_token)
+        if self.attention_pool is not None:
+            return self.attention_pool(normed[:, first_latent:])
         if self.config.pooling == "norm_then_mean":
             return normed[:, first_latent:].mean(dim=1)
         return self.norm(tokens[:, first_latent:].mean(dim=1))
@@ -161,7 +177,7 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # transformers visits only modules that own parameters themselves, so starting values belong to the owner.
-        if isinstance(module, UnitLayerNorm | ZeroStartLinear | MatrixGenerator | RoiSampler):
+        if isinstance(module, UnitLayerNorm | ZeroStartLinear | MatrixGenerator | RoiSampler | AttentionPool):
             module.reset_parameters()
         elif isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=0.02)
@@ -209,10 +225,13 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
     def from_vit(
         cls, teacher: nn.Module, *, start_from_class_token: bool = True, **overrides: Any
     ) -> tuple[Self, InheritanceReport]:
-        """Build a student that inherits the last blocks, the final norm and the projection of a ViT.
+        """Build a student that inherits the last blocks and the head of a ViT.
+
+        The head is the final norm, the attention pool of teachers that have one, and the projection or classifier; the
+        names of a classifier's classes become `config.id2label`.
 
         Args:
-            teacher: an open_clip CLIP model, its `visual`, or a timm `VisionTransformer`.
+            teacher: an open_clip CLIP model, its `visual`, or a timm `VisionTransformer` or `Eva`.
             start_from_class_token: start the class token from the teacher's (with its position, after its pre-norm)
                 instead of noise.
             **overrides: fields of `SparseFormerConfig` that do not follow the teacher, for example `num_latents`,

@@ -1,4 +1,4 @@
-"""Inherit the last blocks, the final norm and the projection of a ViT: what fits, what is new, what is left out."""
+"""Inherit the last blocks and the head of a ViT: what fits, what is new, what is left out."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.vit_description import VitDescription
+from sf_mllm.encoder.vit_open_clip import describe_open_clip
+from sf_mllm.encoder.vit_timm import describe_timm
 from sf_mllm.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -21,7 +24,8 @@ class InheritanceReport:
     """What became of every tensor.
 
     Attributes:
-        copied: student parameter -> teacher parameter, or "zeros" for a bias that the teacher lacks.
+        copied: student parameter -> teacher parameter, several joined by " + " where they were merged into one, or
+            "zeros" for a bias that the teacher lacks.
         new: student parameters that start from their own initialisation.
         left_out: teacher parameters that have no place in the student.
         first_block: index of the teacher block that became cortex block 0.
@@ -33,18 +37,44 @@ class InheritanceReport:
     first_block: int = 0
 
     def __str__(self) -> str:
-        groups = sorted({name.split(".")[0] for name in self.new})
+        copied, new = (sorted({name.split(".")[0] for name in names}) for names in (self.copied, self.new))
         return (
-            f"copied {len(self.copied)} tensors (teacher blocks from {self.first_block}, final norm, projection); "
-            f"new: {len(self.new)} tensors in {', '.join(groups)}; left out of the teacher: {len(self.left_out)}"
+            f"copied {len(self.copied)} tensors into {', '.join(copied)} (teacher blocks from {self.first_block}); "
+            f"new: {len(self.new)} tensors in {', '.join(new)}; left out of the teacher: {len(self.left_out)}"
         )
+
+
+def describe_vit(teacher: nn.Module) -> VitDescription:
+    """Read the sizes and weights of a teacher.
+
+    Args:
+        teacher: an open_clip CLIP model, its `visual`, or a timm `VisionTransformer` or `Eva`.
+
+    Raises:
+        InputError: the teacher is no ViT, or has a part that cannot be inherited; the part is named.
+    """
+    visual: Any = getattr(teacher, "visual", teacher)
+    if hasattr(visual, "transformer") and hasattr(visual.transformer, "resblocks"):
+        return describe_open_clip(visual)
+    if (hasattr(visual, "trunk") and hasattr(visual, "head")) or hasattr(visual, "blocks"):
+        return describe_timm(visual)
+    raise InputError(
+        f"A teacher must be an open_clip CLIP with a ViT image tower or a timm VisionTransformer, "
+        f"got {type(teacher).__name__} with an image tower of type {type(visual).__name__}."
+    )
 
 
 def config_for_vit(teacher: VitDescription, overrides: dict[str, Any]) -> SparseFormerConfig:
     """Return the student's configuration.
 
-    Sizes follow the published models: the last two thirds of the blocks are inherited, the focusing stage is half as
-    wide, 63 latent tokens from a width of 1024 on and 48 below.
+    Sizes follow the published models, and any of them can be overridden:
+
+    - the last two thirds of the blocks are inherited: 8 of 12 (tiny, small, base), 16 of 24 (large), 21 of 32 (huge);
+    - an image becomes 64 tokens from a width of 1024 on and 49 below. A class token is one of them, so that there are
+      63 or 48 latent tokens beside it; a teacher that pools by mean or attention gives 64 or 49 latent tokens;
+    - the focusing stage is half as wide as the blocks.
+
+    A classifier's class names become `id2label`.
 
     Raises:
         InputError: an override is no field of the configuration, is no value for it, or contradicts inherited weights.
@@ -63,6 +93,7 @@ def config_for_vit(teacher: VitDescription, overrides: dict[str, Any]) -> Sparse
         if "projection.weight" in teacher.head
         else None,
         "projection_bias": "projection.bias" in teacher.head,
+        "final_norm": "norm.weight" in teacher.head,
     }
     for name, value in overrides.items():
         if name not in valid:
@@ -70,12 +101,18 @@ def config_for_vit(teacher: VitDescription, overrides: dict[str, Any]) -> Sparse
         if name in inherited and inherited[name] != value:
             raise InputError(f"{name} follows the teacher ({inherited[name]}); it cannot be set to {value}.")
     focusing_size = overrides.get("focusing_size", max(8, teacher.width // 2 // 8 * 8))
-    free = {
-        "num_latents": 63 if teacher.width >= 1024 else 48,
+    num_tokens = 64 if teacher.width >= 1024 else 49
+    free: dict[str, Any] = {
+        "num_latents": num_tokens - inherited["use_cls_token"],
         "num_hidden_layers": max(1, round(teacher.depth * 2 / 3)),
         "focusing_size": focusing_size,
         "focusing_num_attention_heads": _heads_for(focusing_size),
     }
+    if teacher.class_names is not None:
+        free["id2label"] = dict(enumerate(teacher.class_names))
+        # Some names stand for two classes (ImageNet has two cranes); then there is no way back, as in transformers.
+        is_unique = len(set(teacher.class_names)) == len(teacher.class_names)
+        free["label2id"] = {name: index for index, name in free["id2label"].items()} if is_unique else None
     sizes = {**free, **overrides, **inherited}
     if sizes["num_hidden_layers"] > teacher.depth:
         raise InputError(
@@ -111,12 +148,12 @@ def inherit_weights(
     for name, entry in weights.items():
         if parameters[name].shape != entry.tensor.shape:
             raise RuntimeError(
-                f"{name} has shape {tuple(parameters[name].shape)}, {entry.source} {tuple(entry.tensor.shape)}."
+                f"{name} has shape {tuple(parameters[name].shape)}, {entry.sources} {tuple(entry.tensor.shape)}."
             )
         parameters[name].copy_(entry.tensor)
-    used = {entry.source for entry in weights.values()}
+    used = {source for entry in weights.values() for source in entry.sources}
     return InheritanceReport(
-        copied={name: entry.source for name, entry in weights.items()},
+        copied={name: " + ".join(entry.sources) for name, entry in weights.items()},
         new=[name for name in parameters if name not in weights],
         left_out=[name for name in teacher.parameter_names if name not in used],
         first_block=first_block,

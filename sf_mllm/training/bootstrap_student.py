@@ -28,10 +28,12 @@ def build_student(config: BootstrapConfig, teacher: Teacher) -> tuple[SparseForm
 
 
 def freeze_inherited_top(student: SparseFormerModel, num_trained_blocks: int) -> None:
-    """Freeze the cortex blocks above the first few, the final norm and the projection; everything else trains."""
+    """Freeze the cortex blocks above the first few and the head (final norm, pool, projection); the rest trains."""
     student.requires_grad_(True)
-    for module in (*student.cortex[num_trained_blocks:], student.norm, student.projection):
-        module.requires_grad_(False)
+    head = (student.norm, student.attention_pool, student.projection)
+    for module in (*student.cortex[num_trained_blocks:], *head):
+        if module is not None:
+            module.requires_grad_(False)
 
 
 def count_trained_blocks(num_blocks: int, first_teacher_block: int) -> int:

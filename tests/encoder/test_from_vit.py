@@ -6,10 +6,10 @@ import timm
 import torch
 from timm.layers import DiffAttention, GluMlp, RmsNorm, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 
 from sf_mllm import SparseFormerModel
-from sf_mllm.encoder.vit_description import describe_vit
-from sf_mllm.encoder.weights_vit import config_for_vit, inherit_weights
+from sf_mllm.encoder.weights_vit import InheritanceReport, config_for_vit, describe_vit, inherit_weights
 from sf_mllm.errors import InputError
 
 # Built on the meta device where only sizes matter; full-size weights are drawn for one block at a time.
@@ -40,7 +40,7 @@ def small_timm(**changes: object) -> torch.nn.Module:
 
 def blocks_of(teacher: torch.nn.Module) -> torch.nn.ModuleList:
     visual = getattr(teacher, "visual", teacher)
-    return visual.transformer.resblocks if hasattr(visual, "transformer") else visual.blocks
+    return visual.transformer.resblocks if hasattr(visual, "transformer") else getattr(visual, "trunk", visual).blocks
 
 
 def assert_blocks_agree(student: SparseFormerModel, teacher: torch.nn.Module, first: int) -> None:
@@ -49,6 +49,31 @@ def assert_blocks_agree(student: SparseFormerModel, teacher: torch.nn.Module, fi
     with torch.no_grad():
         for ours, theirs in zip(student.cortex, list(blocks_of(teacher))[first:], strict=True):
             torch.testing.assert_close(ours(tokens), theirs(tokens), rtol=1e-5, atol=1e-5)
+
+
+def assert_everything_above_agrees(student: SparseFormerModel, teacher: torch.nn.Module, first: int) -> None:
+    """Fed with the teacher's own tokens, what was inherited must give what the teacher gives."""
+    entering = []
+    visual = getattr(teacher, "visual", teacher)
+    hook = blocks_of(teacher)[first].register_forward_pre_hook(lambda module, args: entering.append(args[0]))
+    size = visual.image_size if hasattr(visual, "image_size") else visual.patch_embed.img_size
+    with torch.no_grad():
+        expected = visual(torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(3)))
+        hook.remove()
+        tokens = entering[0]
+        for block in student.cortex:
+            tokens = block(tokens)
+        if (
+            not student.config.use_cls_token
+        ):  # the teacher's blocks have its class and register tokens, its pool has not
+            tokens = tokens[:, getattr(getattr(visual, "trunk", visual), "num_prefix_tokens", 1) :]
+        pooled = student.pool(tokens, student.norm(tokens))
+        torch.testing.assert_close(student.projection(pooled), expected, rtol=1e-5, atol=1e-5)
+
+
+def sources(report: InheritanceReport) -> set[str]:
+    """Parameters of the teacher that the report names as copied."""
+    return {name for names in report.copied.values() for name in names.split(" + ")} - {"zeros"}
 
 
 CLIP_VARIANTS = {
@@ -69,21 +94,10 @@ def test_open_clip_blocks_norm_and_projection(variant: str) -> None:
     student.eval()
     assert len(student.cortex) == 4 and report.first_block == 2
     assert student.config.hidden_act == ("quick_gelu" if variant == "quick_gelu" else "gelu")
+    assert student.config.use_cls_token == (student.config.pooling == "cls")
+    assert student.config.num_tokens == 49
     assert_blocks_agree(student, teacher, first=2)
-    tokens = torch.randn(2, 17, 64)
-    with torch.no_grad():
-        # The teacher's own head on the same tokens; the mean of a teacher leaves out its class token.
-        normed = teacher.visual.ln_post(tokens)
-        first_latent = int(student.config.use_cls_token)
-        expected = {
-            "cls": normed[:, 0],
-            "norm_then_mean": normed.mean(dim=1),
-            "mean_then_norm": teacher.visual.ln_post(tokens.mean(dim=1)),
-        }[student.config.pooling]
-        assert (student.config.pooling == "cls") == bool(first_latent)
-        torch.testing.assert_close(
-            student.projection(student.pool(tokens, student.norm(tokens))), expected @ teacher.visual.proj
-        )
+    assert_everything_above_agrees(student, teacher, first=2)
 
 
 TIMM_VARIANTS = {
@@ -91,30 +105,39 @@ TIMM_VARIANTS = {
     "no_head": {"num_classes": 0},
     "mean_pooling": {"global_pool": "avg"},
     "mean_pooling_norm_first": {"global_pool": "avg", "fc_norm": False},
+    "class_token_then_norm": {"fc_norm": True},
+    "no_final_norm": {"final_norm": False},
+    "attention_pooling": {"global_pool": "map", "class_token": False},
+    "attention_pooling_without_head": {"global_pool": "map", "class_token": False, "num_classes": 0},
+    "attention_pooling_beside_registers": {"global_pool": "map", "reg_tokens": 2, "act_layer": "gelu_tanh"},
     "pre_norm": {"pre_norm": True},
     "layer_scale": {"init_values": 0.5},
     "no_qkv_bias": {"qkv_bias": False},
+    "no_position_for_the_class_token": {"no_embed_class": True},
     "registers": {"reg_tokens": 2},
+    "other_activation": {"act_layer": "quick_gelu"},
+    "eva": {"cls": Eva, "global_pool": "token"},
+    "eva_layer_scale": {"cls": Eva, "init_values": 0.5},
+    "eva_no_qkv_bias": {"cls": Eva, "qkv_bias": False},
 }
 
 
 @pytest.mark.parametrize("variant", TIMM_VARIANTS)
 def test_timm_blocks_norm_and_head(variant: str) -> None:
-    teacher = small_timm(**TIMM_VARIANTS[variant])
-    student, report = SparseFormerModel.from_vit(teacher, num_hidden_layers=5, num_latents=9)
+    settings = TIMM_VARIANTS[variant]
+    teacher = small_timm(**settings)
+    student, report = SparseFormerModel.from_vit(teacher, num_hidden_layers=5)
     student.eval()
     assert report.first_block == 1 and student.config.layer_norm_eps == 1e-6
-    taken = set(report.copied.values()) - {"zeros"}
-    assert taken | set(report.left_out) == set(dict(teacher.named_parameters()))
-    assert ("zeros" in report.copied.values()) == (variant == "no_qkv_bias")
+    assert student.config.num_tokens == 49
+    assert (student.config.pooling == "attention") == (settings.get("global_pool") == "map")
+    assert student.config.use_cls_token == (student.config.pooling == "cls")
+    assert student.config.final_norm == (variant != "no_final_norm")
+    assert sources(report) | set(report.left_out) == set(dict(teacher.named_parameters()))
+    assert not sources(report) & set(report.left_out)
+    assert ("zeros" in report.copied.values()) == ("no_qkv_bias" in variant)
     assert_blocks_agree(student, teacher, first=1)
-    tokens = torch.randn(2, 9 + student.config.use_cls_token, 64)
-    with torch.no_grad():
-        if student.config.use_cls_token:
-            pooled = teacher.fc_norm(teacher.norm(tokens)[:, 0])
-        else:
-            pooled = teacher.fc_norm(teacher.norm(tokens).mean(dim=1))
-        torch.testing.assert_close(student.projection(student.pool(tokens, student.norm(tokens))), teacher.head(pooled))
+    assert_everything_above_agrees(student, teacher, first=1)
 
 
 TRUNK_VARIANTS = {  # open_clip's settings of a timm image tower
@@ -122,28 +145,27 @@ TRUNK_VARIANTS = {  # open_clip's settings of a timm image tower
     "the trunk's own head projects": {"timm_proj": None, "timm_pool": "token"},
     "mean pooling": {"timm_proj": "linear", "timm_proj_bias": True, "timm_pool": "avg"},
     "no projection": {"timm_proj": "none", "timm_pool": "avg"},
+    "attention pooling": {"timm_proj": "none", "timm_pool": "map", "timm_model_name": "vit_base_patch16_siglip_224"},
 }
 
 
 @pytest.mark.parametrize("variant", TRUNK_VARIANTS)
-def test_open_clip_with_a_timm_trunk(variant: str) -> None:
+def test_open_clip_with_a_timm_trunk(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stands behind the blocks must give the teacher's embedding, wherever open_clip keeps it."""
     settings = TRUNK_VARIANTS[variant]
     width = 64 if settings["timm_proj"] == "none" else 24
     vision = {"timm_model_name": "test_vit", "image_size": 160, **settings}
     text = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1}
+    create = timm.create_model
+    if "siglip" in vision["timm_model_name"]:  # the published one in small: open_clip passes no sizes to timm
+        vision["image_size"] = 32
+        sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 4}
+        monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: create(*args, **{**kwargs, **sizes}))
     teacher = fill(open_clip.CLIP(width, vision, text))
     student, report = SparseFormerModel.from_vit(teacher)
     student.eval()
-    assert set(report.copied.values()) | set(report.left_out) == set(dict(teacher.visual.named_parameters()))
-    trunk, pooling = teacher.visual.trunk, student.config.pooling
-    tokens = torch.randn(2, 1 + 9, 64)
-    with torch.no_grad():
-        normed = trunk.norm(tokens)
-        pooled = normed[:, 0] if pooling == "cls" else normed[:, 1:].mean(dim=1)
-        expected = teacher.visual.head(trunk.head(trunk.fc_norm(pooled)))
-        ours = tokens if student.config.use_cls_token else tokens[:, 1:]
-        torch.testing.assert_close(student.projection(student.pool(ours, student.norm(ours))), expected)
+    assert sources(report) | set(report.left_out) == set(dict(teacher.visual.named_parameters()))
+    assert_everything_above_agrees(student, teacher, first=report.first_block)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -182,7 +204,7 @@ def test_report_accounts_for_every_tensor() -> None:
     student, report = SparseFormerModel.from_vit(teacher)
     assert set(report.copied) | set(report.new) == set(dict(student.named_parameters()))
     assert not set(report.copied) & set(report.new)
-    assert set(report.copied.values()) | set(report.left_out) == set(dict(teacher.visual.named_parameters()))
+    assert sources(report) | set(report.left_out) == set(dict(teacher.visual.named_parameters()))
     assert "transformer.resblocks.1.ln_1.weight" in report.left_out
     assert report.copied["cortex.0.norm1.weight"] == "transformer.resblocks.2.ln_1.weight"
     assert "teacher blocks from 2" in str(report)
@@ -230,14 +252,29 @@ def test_full_size_teachers(name: str) -> None:
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
-        (lambda: small_clip(attentional_pool=True), "pools with attention"),
+        (lambda: small_clip(attentional_pool=True), "CoCa's AttentionalPooler"),
         (lambda: small_clip(pool_type="none"), "pooling 'none'"),
         (lambda: small_clip(qk_norm=True), "attention"),
-        (lambda: small_timm(global_pool="map", class_token=False), "pools with attention"),
+        (lambda: small_timm(global_pool="avgmax"), "pooling 'avgmax'"),
+        (lambda: small_timm(global_pool="prr"), "pooling 'prr'"),
+        (lambda: small_timm(global_pool="avg", pool_include_prefix=True), "class or register tokens"),
+        (lambda: small_timm(global_pool="map", pool_include_prefix=True), "class or register tokens"),
+        (lambda: small_timm(cls=Eva, global_pool="map"), "class or register tokens"),
+        (
+            lambda: small_timm(cls=Eva, class_token=False, global_pool="map", attn_pool_num_heads=8),
+            "attention pool has 8 heads, its blocks 4",
+        ),
+        (
+            lambda: small_timm(cls=Eva, class_token=False, global_pool="map", attn_pool_mlp_ratio=2),
+            "attention pool has 128 hidden units, its blocks 256",
+        ),
+        (lambda: small_timm(cls=Eva, use_rot_pos_emb=True), "rotates"),
+        (lambda: small_timm(cls=Eva, use_post_norm=True), "EvaBlockPostNorm"),
+        (lambda: small_timm(cls=Eva, swiglu_mlp=True), "gated MLP"),
         (lambda: small_timm(qk_norm=True), "extra norms"),
         (lambda: small_timm(block_fn=timm.models.vision_transformer.ParallelScalingBlock), "ParallelScalingBlock"),
         (lambda: small_timm(mlp_layer=GluMlp), "gated MLP"),
-        (lambda: small_timm(mlp_layer=SwiGLU, embed_dim=64), r"without mlp\.fc1"),
+        (lambda: small_timm(mlp_layer=SwiGLU, embed_dim=64), r"gated MLP \(SwiGLU\)"),
         (lambda: small_timm(attn_layer=DiffAttention), "lambda_q1"),
         (lambda: small_timm(norm_layer=RmsNorm), "RmsNorm"),
         (lambda: small_timm(cls=VisionTransformerDistilled), "distillation"),
