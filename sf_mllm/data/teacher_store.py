@@ -36,7 +36,7 @@ from sf_mllm.errors import InputError, first_line
 
 VERSION = 1
 HELD_OUT = "held-out"
-"""Name of the group of the held-out images; their rows count as they do in the data set."""
+"""Name of the group of the held-out images; its file lists their keys, since they may come from another source."""
 DESCRIPTION_FILE = "store.json"
 
 
@@ -89,6 +89,7 @@ class TeacherStore:
         self.directory = directory
         self.description = description
         self._groups: dict[str, dict[str, Any]] = {}
+        self._held_out: dict[ImageKey, int] = {}
 
     @classmethod
     def open(cls, directory: str | Path) -> "TeacherStore":
@@ -134,10 +135,10 @@ class TeacherStore:
             )
 
     def read(self, key: ImageKey, epoch: int) -> tuple[Crop, dict[str, Tensor]]:
-        """Return one crop of an image and what the teacher says about it.
+        """Return one crop of a training image and what the teacher says about it.
 
         Args:
-            key: of the image; held-out images are rows of the group `HELD_OUT`.
+            key: of the image.
             epoch: takes crop `epoch` modulo K.
 
         Returns:
@@ -147,9 +148,16 @@ class TeacherStore:
         Raises:
             InputError: the store has nothing of this image, or what it has is damaged.
         """
-        tensors = self._open_group(key.group)
-        rows = tensors["index"].get_shape()[0]
-        place = int(tensors["index"][key.row]) if key.row < rows else -1
+        return self._read(key.group, key.row, key, epoch)
+
+    def read_held_out(self, key: ImageKey) -> dict[str, Tensor]:
+        """Return what the teacher says about a held-out image; as `read`, without the crop, which is all of it."""
+        self._open_group(HELD_OUT)
+        return self._read(HELD_OUT, self._held_out.get(key, -1), key, epoch=0)[1]
+
+    def _read(self, group: str, row: int, key: ImageKey, epoch: int) -> tuple[Crop, dict[str, Tensor]]:
+        tensors = self._open_group(group)
+        place = int(tensors["index"][row]) if 0 <= row < tensors["index"].get_shape()[0] else -1
         if place < 0:
             raise InputError(
                 f"The teacher store '{self.directory}' has no targets of image {key.row} in group '{key.group}'; it "
@@ -160,7 +168,7 @@ class TeacherStore:
             name: tensors[name][place, crop_number] for name in ("crops", "embedding", "patches", "scales", "checksums")
         }
         if int(parts.pop("checksums")) != checksum(key, crop_number, parts):
-            name = self.description["groups"][key.group]
+            name = self.description["groups"][group]
             raise InputError(
                 f"The teacher store '{self.directory}' is damaged: the content of {name} is not what was "
                 "written; delete that file, and the command that made the store makes it again."
@@ -178,8 +186,11 @@ class TeacherStore:
                 )
             try:
                 file = safe_open(self.directory / name, framework="np")
+                if group == HELD_OUT:
+                    keys = json.loads(file.metadata()["keys"])
+                    self._held_out = {ImageKey(*key): row for row, key in enumerate(keys)}
                 self._groups[group] = {key: file.get_slice(key) for key in file.keys()}
-            except (OSError, SafetensorError) as error:
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
                 raise InputError(
                     f"The teacher store '{self.directory}' is damaged: {name} cannot be read ({first_line(error)}); "
                     "delete that file, and the command that made the store makes it again."

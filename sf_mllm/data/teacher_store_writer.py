@@ -73,7 +73,7 @@ class StoreWriter:
     def write_group(
         self,
         group: str,
-        rows: Sequence[int],
+        keys: Sequence[ImageKey],
         crops: Sequence[Sequence[Crop]],
         embedding: Tensor,
         patches: Tensor,
@@ -85,7 +85,7 @@ class StoreWriter:
 
         Args:
             group: its name.
-            rows: of the I images inside the group, in any order.
+            keys: of the I images, in any order.
             crops: K for each image.
             embedding: [I, K, E]; stored in fp16.
             patches: [I, K, G, G, D], int8, from `quantise`.
@@ -101,9 +101,16 @@ class StoreWriter:
                 f"The teacher's output for group '{group}' is not finite in half precision; set train.bf16=false, or "
                 "check the teacher's weights."
             )
-        order = torch.tensor(rows, dtype=torch.int64).argsort()
-        index = torch.full((max(rows, default=-1) + 1,), -1)
-        index[torch.tensor(rows, dtype=torch.int64)[order]] = torch.arange(len(rows))
+        # Sorted, so that the number of workers that made a file does not show in it.
+        order = sorted(range(len(keys)), key=lambda i: keys[i])
+        metadata = {"group": group, "unreadable": str(num_unreadable)}
+        if group == HELD_OUT:
+            metadata["keys"] = json.dumps([keys[i] for i in order])
+            index = torch.arange(len(keys))
+        else:
+            rows = torch.tensor([keys[i].row for i in order], dtype=torch.int64)
+            index = torch.full((int(rows.max()) + 1 if len(rows) else 0,), -1)
+            index[rows] = torch.arange(len(rows))
         encoded = torch.tensor([[encode_crop(crop) for crop in crops[i]] for i in order], dtype=torch.int64)
         tensors = {
             "crops": encoded.reshape(*embedding.shape[:2], 6),
@@ -114,18 +121,16 @@ class StoreWriter:
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         sums = [
             [
-                checksum(
-                    ImageKey(group, rows[i]), number, {name: array[place, number] for name, array in arrays.items()}
-                )
+                checksum(keys[i], number, {name: array[place, number] for name, array in arrays.items()})
                 for number in range(arrays["crops"].shape[1])
             ]
-            for place, i in enumerate(order.tolist())
+            for place, i in enumerate(order)
         ]
         tensors |= {"index": index, "checksums": torch.tensor(sums, dtype=torch.int64).reshape(embedding.shape[:2])}
         target = self.directory / self.description["groups"][group]
         target.parent.mkdir(exist_ok=True)
         partial = target.with_suffix(".partial")  # the same name after a kill, so that nothing is left behind
-        save_file(tensors, partial, metadata={"group": group, "unreadable": str(num_unreadable)})
+        save_file(tensors, partial, metadata=metadata)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, target)

@@ -15,12 +15,12 @@ ORIGIN = {"teacher weights": "abc", "teacher preprocessing": (32, [0.4, 0.5]), "
 CROPS, SIZE, GRID, WIDTH = 3, 6, 2, 8
 
 
-def make_group(rows, num_crops=CROPS, seed=0):
+def make_group(name, rows, num_crops=CROPS, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = len(rows)
     patches, scales = quantise(torch.randn(images * num_crops, WIDTH, 4, 4, generator=generator), GRID)
     return {
-        "rows": rows,
+        "keys": [ImageKey(name, row) for row in rows],
         "crops": [
             [Crop(row, k, 30 + row, 20 + k, bool(k % 2), 2**62 + row if k else None) for k in range(num_crops)]
             for row in rows
@@ -32,9 +32,9 @@ def make_group(rows, num_crops=CROPS, seed=0):
 
 
 GROUPS = {
-    "a.tar": make_group([2, 0, 5], seed=1),
-    "b.tar": make_group([1], seed=2),
-    HELD_OUT: make_group([0, 1], num_crops=1, seed=3),
+    "a.tar": make_group("a.tar", [2, 0, 5], seed=1),
+    "b.tar": make_group("b.tar", [1], seed=2),
+    HELD_OUT: make_group("a.tar", [7, 2], num_crops=1, seed=3),
 }
 
 
@@ -55,21 +55,20 @@ def test_what_is_written_is_read(directory):
     store = TeacherStore.open(directory)
     store.refuse_other_origin(ORIGIN)
     for group, content in GROUPS.items():
-        num_crops = content["embedding"].shape[1]
-        for place, row in enumerate(content["rows"]):
-            for epoch in range(7):
-                crop, targets = store.read(ImageKey(group, row), epoch)
-                assert crop == content["crops"][place][epoch % num_crops]
-                torch.testing.assert_close(
-                    targets,
-                    {
-                        "teacher_embedding": content["embedding"][place, epoch % num_crops].half(),
-                        "teacher_patches": content["patches"][place, epoch % num_crops],
-                        "teacher_scales": content["scales"][place, epoch % num_crops],
-                    },
-                    rtol=0,
-                    atol=0,
-                )
+        for place, key in enumerate(content["keys"]):
+            for epoch in range(1 if group == HELD_OUT else 7):
+                if group == HELD_OUT:
+                    crop, targets = content["crops"][place][0], store.read_held_out(key)
+                else:
+                    crop, targets = store.read(key, epoch)
+                number = epoch % CROPS
+                assert crop == content["crops"][place][number]
+                expected = {
+                    "teacher_embedding": content["embedding"][place, number].half(),
+                    "teacher_patches": content["patches"][place, number],
+                    "teacher_scales": content["scales"][place, number],
+                }
+                torch.testing.assert_close(targets, expected, rtol=0, atol=0)
 
 
 def test_cost_and_content_are_recorded(directory):
@@ -214,6 +213,12 @@ def test_a_file_that_is_no_safetensors_is_refused_when_read(directory):
         TeacherStore.open(directory).read(ImageKey("a.tar", 0), 0)
 
 
+def test_a_held_out_image_that_is_not_there_is_refused(directory):
+    store = TeacherStore.open(directory)
+    with pytest.raises(InputError, match=r"no targets of image 3 in group 'a.tar'"):
+        store.read_held_out(ImageKey("a.tar", 3))
+
+
 @pytest.mark.parametrize(
     ("group", "row", "message"),
     [
@@ -229,14 +234,14 @@ def test_an_image_without_targets_is_refused(directory, group, row, message):
 
 def test_a_group_without_images_is_possible(tmp_path):
     writer = write(tmp_path, "a.tar", HELD_OUT)
-    writer.write_group("b.tar", **make_group([]), num_unreadable=4)
+    writer.write_group("b.tar", **make_group("b.tar", []), num_unreadable=4)
     assert writer.finish() == writer.description["content"]
     assert writer.description["content"]["unreadable_images"] == 4
 
 
 @pytest.mark.parametrize("damaged", ["embedding", "feature map"])
 def test_outputs_that_are_not_finite_are_refused(tmp_path, damaged):
-    content = make_group([0])
+    content = make_group("a.tar", [0])
     if damaged == "embedding":
         content["embedding"][0, 0, 0] = 1e6  # beyond fp16
     else:
