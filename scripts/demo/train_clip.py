@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from eval.zero_shot import ZeroShotResult, evaluate, evaluate_directory, format_results
+from eval.zero_shot import evaluate, evaluate_directory
 from scripts.demo.clip_batch import IMAGE_SIZE, BatchMaker
 from scripts.demo.clip_model import build_model, build_tokenizer, create_directory, model_config, save_weights
 from scripts.demo.clip_step import TeacherTask, contrastive_losses, patch_loss, split_text
@@ -27,6 +27,7 @@ from sf_mllm.constants import CLIP_MEAN, CLIP_STD
 from sf_mllm.data.scene_captions import CONTEXT_LENGTH
 from sf_mllm.data.scene_tasks import build_tasks
 from sf_mllm.errors import InputError, report_input_errors
+from sf_mllm.training.zero_shot import ZeroShotResult, format_results
 
 PATCH_LOSS_WEIGHTS = (0.3, 0.03)  # at the start and at the end of the run
 LEARNING_RATE = 1e-3

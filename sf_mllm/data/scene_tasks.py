@@ -1,13 +1,20 @@
-"""Zero-shot tasks on held-out scenes: each sample is a scene and texts of which exactly one is true."""
+"""Zero-shot tasks on held-out scenes: each sample is a scene and texts of which exactly one is true.
+
+"swap", "position" and "relation" need colours, shapes and places to be bound to objects; a bag of words stays at chance
+there.
+"""
 
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from sf_mllm.data.scene_language import RELATIONS, SceneObject, objects_of, ordered_pairs, relations_between
+from sf_mllm.data.scene_render import render
 from sf_mllm.data.scene_sampling import (
     COLORS,
     MAX_OBJECTS,
@@ -19,6 +26,7 @@ from sf_mllm.data.scene_sampling import (
     concatenate,
     sample_scenes,
 )
+from sf_mllm.data.zero_shot_tasks import ZeroShotTask
 from sf_mllm.errors import InputError
 
 HELD_OUT_SEED = 4_000_000_001
@@ -26,58 +34,85 @@ HELD_OUT_SEED = 4_000_000_001
 
 _Item = tuple[list[str], int]
 _Builder = Callable[[Sequence[SceneObject], random.Random], _Item | None]
+_Builders = dict[str, tuple[_Builder, int, int]]
 _INDICES_PER_TASK = 1_000_000
 _CHUNK = 256
 
 
+class TaskSet(NamedTuple):
+    """Tasks by name, in their order, and what scenes they are about."""
+
+    builders: _Builders
+    scenes: dict[str, Any] = {}  # fields of ScenesConfig, besides seed and numbers of objects
+
+
 @dataclass
-class ZeroShotTask:
-    """Samples of one task."""
+class SceneImages:
+    """Scenes as the images of a task, drawn when they are asked for."""
 
-    name: str
-    scenes: Scenes  # B scenes
-    choices: list[list[str]]  # texts of each sample; as many for every sample
-    answers: list[int]  # index of the true text
+    scenes: Scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def pixels(self, indices: Tensor, size: int, device: torch.device) -> Tensor:
+        """See `TaskImages`."""
+        return render(self.scenes.select(indices).to(device), size)
 
 
-def build_tasks(samples: int = 512, seed: int = HELD_OUT_SEED) -> list[ZeroShotTask]:
-    """Build every task with the same number of samples; the same seed gives the same samples.
+def build_tasks(samples: int = 512, seed: int = HELD_OUT_SEED, task_set: str = "scenes") -> list[ZeroShotTask]:
+    """Build every task of a set with the same number of samples; the same seed gives the same samples.
 
-    color, shape, size (one object, the named attribute alone), count (1-8 objects), one_attribute (an object among 2-8,
-    its colour or shape among all eight), swap (colours of two objects exchanged), position (an object's place of nine),
-    relation (left/right or above/below of another object), retrieval (the full caption among those of all samples).
+    In "scenes": color, shape, size (one object, the named attribute alone), count (1-8 objects), one_attribute (an
+    object among 2-8, its colour or shape among all eight), swap (colours of two objects exchanged), position (an
+    object's place of nine), relation (left/right or above/below of another object), retrieval (the full caption among
+    those of all samples).
+
+    Args:
+        samples: a task.
+        seed: of the scenes and of the questions about them.
+        task_set: one of `TASK_SETS`.
     """
     if samples < 1:
         raise InputError(f"{samples} samples cannot be evaluated; give at least 1.")
-    tasks = [
-        _collect(number, name, samples, seed, builder, min_objects, max_objects)
-        for number, (name, (builder, min_objects, max_objects)) in enumerate(_BUILDERS.items())
-    ]
-    captions = [choices[0] for choices in tasks[-1].choices]
-    tasks[-1].choices, tasks[-1].answers = [captions] * samples, list(range(samples))
+    tasks = []
+    for number, (name, (builder, min_objects, max_objects)) in enumerate(TASK_SETS[task_set].builders.items()):
+        config = configure_scenes(task_set, seed=seed, min_objects=min_objects, max_objects=max_objects)
+        scenes, choices, answers = _collect(number * _INDICES_PER_TASK, name, samples, config, builder)
+        if builder is _caption:
+            captions = [texts[0] for texts in choices]
+            choices, answers = [captions] * samples, list(range(samples))
+        tasks.append(ZeroShotTask.from_texts(name, SceneImages(scenes), choices, answers))
     return tasks
 
 
+def configure_scenes(task_set: str, **fields: Any) -> ScenesConfig:
+    """Return the configuration of scenes that a set of tasks is about.
+
+    Args:
+        task_set: one of `TASK_SETS`.
+        **fields: of `ScenesConfig`.
+    """
+    return ScenesConfig(**TASK_SETS[task_set].scenes, **fields)
+
+
 def _collect(
-    number: int, name: str, samples: int, seed: int, builder: _Builder, min_objects: int, max_objects: int
-) -> ZeroShotTask:
+    start: int, name: str, samples: int, config: ScenesConfig, builder: _Builder
+) -> tuple[Scenes, list[list[str]], list[int]]:
     """Go through scenes until enough of them allow an unambiguous sample."""
     scenes, choices, answers = [], [], []
-    for index, scene, objects in _scenes_from(number * _INDICES_PER_TASK, seed, min_objects, max_objects):
-        item = builder(objects, random.Random(f"zero-shot {name} {seed} {index}"))
+    for index, scene, objects in _scenes_from(start, config):
+        item = builder(objects, random.Random(f"zero-shot {name} {config.seed} {index}"))
         if item is not None:
             scenes.append(scene)
             choices.append(item[0])
             answers.append(item[1])
         if len(choices) == samples:
             break
-    return ZeroShotTask(name, concatenate(scenes), choices, answers)
+    return concatenate(scenes), choices, answers
 
 
-def _scenes_from(
-    start: int, seed: int, min_objects: int, max_objects: int
-) -> Iterator[tuple[int, Scenes, list[SceneObject]]]:
-    config = ScenesConfig(seed=seed, min_objects=min_objects, max_objects=max_objects)
+def _scenes_from(start: int, config: ScenesConfig) -> Iterator[tuple[int, Scenes, list[SceneObject]]]:
     while True:
         scenes = sample_scenes(torch.arange(start, start + _CHUNK), config)
         for offset, objects in enumerate(objects_of(scenes)):
@@ -163,7 +198,7 @@ def _caption(objects: Sequence[SceneObject], rng: random.Random) -> _Item:
     return [" ".join((number, *phrases))], 0
 
 
-_BUILDERS: dict[str, tuple[_Builder, int, int]] = {  # builder, fewest and most objects
+_SCENES: _Builders = {  # builder, fewest and most objects
     "color": (_ask_color, 1, 1),
     "shape": (_ask_shape, 1, 1),
     "size": (_ask_size, 1, 1),
@@ -174,3 +209,6 @@ _BUILDERS: dict[str, tuple[_Builder, int, int]] = {  # builder, fewest and most 
     "relation": (_ask_relation, 2, MAX_OBJECTS),
     "retrieval": (_caption, 1, MAX_OBJECTS),
 }
+
+TASK_SETS = {"scenes": TaskSet(_SCENES)}
+"""The built-in sets of tasks, by the name that `evaluation.zero_shot` of a run takes."""

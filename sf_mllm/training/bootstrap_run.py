@@ -12,7 +12,7 @@ from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.encoder.weights_vit import InheritanceReport
 from sf_mllm.training.arguments import make_training_arguments
 from sf_mllm.training.bootstrap_config import BootstrapConfig, DataConfig
-from sf_mllm.training.bootstrap_evaluation import measure_agreement
+from sf_mllm.training.bootstrap_evaluation import describe_evaluation, measure_at_end, prepare_evaluation
 from sf_mllm.training.bootstrap_images import order_images, prepare_images
 from sf_mllm.training.bootstrap_student import build_student
 from sf_mllm.training.bootstrap_task import BootstrapTask
@@ -39,7 +39,7 @@ def run_bootstrap(config: BootstrapConfig) -> Path:
     arguments = make_training_arguments(config.train, run.checkpoints, config.seed)
     with run.recording():
         trainer, report = build_trainer(config, run, arguments)
-        report_progress(trainer, run)
+        report_progress(trainer, run, describe_evaluation)
         log_plan(run, trainer, report)
         trainer.train(resume_from_checkpoint=run.find_last_checkpoint())
         speed = trainer.times.summary()
@@ -47,7 +47,7 @@ def run_bootstrap(config: BootstrapConfig) -> Path:
             run.update_record(speed=speed)
             logger.info("%s", describe_speed(speed))
         run.update_record(
-            agreement=measure_agreement(trainer),
+            evaluation=measure_at_end(trainer),
             unreadable_images=trainer.train_dataset.files.num_unreadable + trainer.eval_dataset.files.num_unreadable,
         )
         if trainer.is_world_process_zero():
@@ -65,6 +65,7 @@ def build_trainer(
     training, held_out = prepare_images(config, run)
     trainer = BootstrapTrainer(
         task=BootstrapTask(teacher, config.loss),
+        evaluation=prepare_evaluation(config, teacher, run.path, arguments.device),
         inherited_names=frozenset(report.copied),
         inherited_learning_rate=config.inherited_learning_rate,
         model=student,

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from sf_mllm.data.images import HeldOutImages, TrainingImages
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
-from sf_mllm.training.bootstrap_evaluation import evaluate_on_held_out
+from sf_mllm.training.bootstrap_evaluation import BootstrapEvaluation
 from sf_mllm.training.bootstrap_task import BootstrapTask
 from sf_mllm.training.step_times import StepTimes
 
@@ -20,6 +20,7 @@ class BootstrapTrainer(Trainer):
 
     Args:
         task: losses and teacher.
+        evaluation: what is measured at each evaluation.
         inherited_names: parameters that come from the teacher.
         inherited_learning_rate: their peak rate; the others use `args.learning_rate`.
         **kwargs: as for `Trainer`.
@@ -30,10 +31,17 @@ class BootstrapTrainer(Trainer):
     eval_dataset: HeldOutImages
 
     def __init__(
-        self, *, task: BootstrapTask, inherited_names: frozenset[str], inherited_learning_rate: float, **kwargs: Any
+        self,
+        *,
+        task: BootstrapTask,
+        evaluation: BootstrapEvaluation,
+        inherited_names: frozenset[str],
+        inherited_learning_rate: float,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.task = task
+        self.evaluation = evaluation
         self.inherited_names = inherited_names
         self.inherited_learning_rate = inherited_learning_rate
         # The loss is a mean over the micro-batch, so accumulation must divide it by the number of micro-batches.
@@ -115,8 +123,8 @@ class BootstrapTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure the student on the held-out images and log the result."""
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluate_on_held_out(self).items()}
+        """Measure the student and log the result."""
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluation.measure(self).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

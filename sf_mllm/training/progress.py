@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,18 @@ logger = logging.getLogger(__name__)
 _NOT_ON_THE_LINE = {"epoch", "total_flos", "step", "learning_rate", "grad_norm", "samples_per_s"}
 
 
-def report_progress(trainer: Trainer, run: RunFolder) -> None:
-    """Let a Trainer write `metrics.jsonl` and log readable lines instead of printing dictionaries."""
+def report_progress(
+    trainer: Trainer, run: RunFolder, describe: Callable[[Mapping[str, Any]], str | None] = lambda row: None
+) -> None:
+    """Let a Trainer write `metrics.jsonl` and log readable lines instead of printing dictionaries.
+
+    Args:
+        trainer: to report on.
+        run: where the rows go.
+        describe: puts a row with many numbers into one line; None leaves it to the reporter.
+    """
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressReporter(run.metrics_file))
+    trainer.add_callback(ProgressReporter(run.metrics_file, describe))
 
 
 def configure_logging() -> None:
@@ -39,22 +47,27 @@ def configure_logging() -> None:
 class ProgressReporter(TrainerCallback):
     """Appends one row for each log event; after a resume, rows beyond the resumed step are dropped first."""
 
-    def __init__(self, metrics_file: Path) -> None:
+    def __init__(self, metrics_file: Path, describe: Callable[[Mapping[str, Any]], str | None]) -> None:
         self.metrics_file = metrics_file
-        self._began = self._last_time = 0.0
+        self.describe = describe
+        self._began = self._last_time = self._trained_until = 0.0
         self._first_step = self._last_step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note where this start begins and drop rows that will be made again."""
-        self._began = self._last_time = time.monotonic()
+        self._began = self._last_time = self._trained_until = time.monotonic()
         self._first_step = self._last_step = state.global_step
         if not state.is_world_process_zero:
             return
         _truncate_rows(self.metrics_file, last_step=state.global_step)
         if state.global_step:
             logger.info("Resuming at step %d of %d.", state.global_step, state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note when training paused: an evaluation that comes now is no part of the training's speed."""
+        self._trained_until = time.monotonic()
 
     def on_log(
         self,
@@ -82,6 +95,8 @@ class ProgressReporter(TrainerCallback):
             samples = (state.global_step - self._last_step) * _global_batch_size(args)
             row["samples_per_s"] = round(samples / (now - self._last_time), 2)
             self._last_time, self._last_step = now, state.global_step
+        elif "loss" not in logs:
+            self._last_time += now - max(self._last_time, self._trained_until)
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         logger.info("%s", self._line(row, state, now))
@@ -89,6 +104,9 @@ class ProgressReporter(TrainerCallback):
     def _line(self, row: Mapping[str, Any], state: TrainerState, now: float) -> str:
         width = len(str(state.max_steps))
         parts = [f"step {state.global_step:>{width}}/{state.max_steps}"]
+        described = self.describe(row)
+        if described is not None:
+            return "  ".join([*parts, described])
         for key, value in row.items():
             if key not in _NOT_ON_THE_LINE and not key.startswith("time_") and isinstance(value, int | float):
                 parts.append(f"{key} {value:.4g}")

@@ -60,7 +60,7 @@ def test_a_run_from_yaml_to_an_encoder_directory(run_file, caplog):
     assert rows[0]["epoch"] == pytest.approx(2 * 4 / 11)  # 14 images, 3 held out
     parts = rows[1]["loss_embedding"] + rows[1]["loss_tokens"] + 0.5 * rows[1]["loss_roi_hinge"]
     assert rows[1]["loss"] == pytest.approx(parts, rel=1e-4)
-    assert record["agreement"]["eval_embedding_cosine"] == rows[2]["eval_embedding_cosine"]
+    assert record["evaluation"]["eval_embedding_cosine"] == rows[2]["eval_embedding_cosine"]
     assert "step 2/4" in caplog.text
 
     before = weights_of(run / "encoder")

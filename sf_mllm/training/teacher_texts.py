@@ -1,0 +1,144 @@
+"""What a teacher can be asked in words: features of texts from its own text tower, or the classes of its head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import Tensor
+
+from sf_mllm.data.scene_tasks import TASK_SETS, build_tasks
+from sf_mllm.data.zero_shot_tasks import TASKS_FILE, ZeroShotTask, read_task_folder
+from sf_mllm.errors import InputError, first_line, nearest
+from sf_mllm.training.bootstrap_config import EvaluationConfig, TeacherConfig
+from sf_mllm.training.teachers import OpenClipTeacher, Teacher, TimmTeacher, load_clip, resolve_model
+from sf_mllm.training.zero_shot import ZeroShotScorer
+
+TextEncoder = Callable[[list[str]], Tensor]
+
+
+def make_scorer(
+    config: EvaluationConfig,
+    teacher_config: TeacherConfig,
+    teacher: Teacher,
+    *,
+    image_size: int,
+    device: str | torch.device,
+) -> ZeroShotScorer | None:
+    """Prepare the zero-shot tasks of a run; None if it has none.
+
+    Args:
+        config: names the tasks.
+        teacher_config: of `teacher`, whose text tower is loaded for as long as the texts are encoded.
+        teacher: of the run.
+        image_size: side of the student's images in pixels.
+        device: of the run.
+
+    Raises:
+        InputError: the tasks cannot be read, or the teacher cannot be asked about them.
+    """
+    if config.zero_shot is None:
+        return None
+    tasks = read_tasks(config.zero_shot, config.samples)
+    prompts: Sequence[str] = ("{}",)
+    if isinstance(teacher, OpenClipTeacher):
+        tasks = [name_classes(task) for task in tasks]
+        prompts = config.prompts
+        encode_texts = load_text_encoder(teacher_config, device)
+    else:
+        encode_texts = _ask_head(teacher, tasks, device)
+    return ZeroShotScorer(tasks, encode_texts, image_size=image_size, device=device, prompts=prompts)
+
+
+def read_tasks(name: str, samples: int) -> list[ZeroShotTask]:
+    """Return the tasks of a built-in set, a name of `TASK_SETS`, or of a folder, see `read_task_folder`.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if name in TASK_SETS:
+        return build_tasks(samples, task_set=name)
+    if not Path(name).is_dir():
+        raise InputError(
+            f"Zero-shot tasks '{name}' are neither built in nor a folder.{nearest(name, TASK_SETS)} "
+            f"Built in: {', '.join(TASK_SETS)}; a folder holds {TASKS_FILE} or a folder of images for each class."
+        )
+    return read_task_folder(name, samples)
+
+
+def load_text_encoder(config: TeacherConfig, device: str | torch.device) -> TextEncoder:
+    """Load a CLIP's text tower and tokenizer.
+
+    Returns:
+        A function from texts to their features, [T, proj], not normalised; the tower is freed together with it.
+
+    Raises:
+        InputError: model or tokenizer cannot be loaded.
+    """
+    clip = load_clip(config)
+    clip.visual = None
+    clip = clip.to(device).eval()
+    try:
+        tokenizer = open_clip.get_tokenizer(resolve_model(config.model))
+    except Exception as error:  # the hub and the tokenizer libraries raise almost any type here
+        raise InputError(
+            f"The tokenizer of teacher '{config.model}' cannot be loaded: {first_line(error)}; zero-shot tasks need it "
+            "(evaluation.zero_shot=null goes without)."
+        ) from error
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> Tensor:
+        return clip.encode_text(tokenizer(texts).to(device))
+
+    return encode
+
+
+def name_classes(task: ZeroShotTask) -> ZeroShotTask:
+    """Turn names of class folders into words: ImageNet's ids into its class names, underscores into spaces."""
+    if not task.are_class_names:
+        return task
+    ids = ImageNetInfo("imagenet-1k").label_names()
+    if set(task.texts) <= set(ids):
+        return replace(task, texts=[IMAGENET_CLASSNAMES[ids.index(name)] for name in task.texts])
+    return replace(task, texts=[name.replace("_", " ") for name in task.texts])
+
+
+def _ask_head(teacher: TimmTeacher, tasks: Sequence[ZeroShotTask], device: str | torch.device) -> TextEncoder:
+    """Stand a classifier's classes for texts: the feature of a class is a unit vector along its logit."""
+    number_of = _number_classes(teacher.vit)
+    num_classes = teacher.vit.num_classes
+    for task in tasks:
+        unknown = [name for name in task.texts if name not in number_of]
+        if unknown or not task.are_class_names:
+            given = f"folder '{unknown[0]}' is none of its classes" if task.are_class_names else f"task '{task.name}'"
+            raise InputError(
+                f"A timm teacher has no text tower and cannot be asked ({given}); set evaluation.zero_shot to folders "
+                f"of images that are named after its classes or numbered from 0 to {num_classes - 1}, or to null."
+            )
+    return lambda names: F.one_hot(
+        torch.tensor([number_of[name] for name in names], device=device), num_classes=num_classes
+    )
+
+
+def _number_classes(vit: Any) -> dict[str, int]:
+    """Return the index of each class by all names it goes by: its number, its label, and ImageNet's descriptions."""
+    labels = list(vit.pretrained_cfg.get("label_names") or ())
+    descriptions = dict(vit.pretrained_cfg.get("label_descriptions") or {})
+    subset = infer_imagenet_subset(vit)
+    if not labels and subset is not None:
+        info = ImageNetInfo(subset)
+        labels = info.label_names()
+        descriptions = {label: info.label_name_to_description(label) for label in labels}
+    numbers = {str(index): index for index in range(vit.num_classes)}
+    for index, label in enumerate(labels):
+        for name in (label, descriptions.get(label, label), descriptions.get(label, label).split(", ")[0]):
+            numbers.setdefault(name, index)
+            numbers.setdefault(name.replace(" ", "_"), index)
+    return numbers
