@@ -20,7 +20,10 @@ class TeacherConfig:
     source: str = "open_clip"
     """open_clip or timm."""
     pretrained: str | None = None
-    """Tag of published weights or a local file; not needed with a directory or a hub repository."""
+    """Tag of published weights or a local file; not needed with a directory or a hub repository. No file says which
+    activation its weights need: those of OpenAI want a model whose name ends in -quickgelu."""
+    image_size: int | None = None
+    """Side in pixels at which the teacher sees images, its position embedding resized; null: as it was made."""
     allow_random: bool = False
     """Accept a teacher without weights; for tests of the pipeline only."""
 
@@ -62,7 +65,9 @@ class LossConfig:
     """Weights of the losses."""
 
     embedding: float = 1.0
-    """1 - cosine between the image embeddings."""
+    """1 - cosine between the image embeddings; for teachers that give one."""
+    classification: float = 1.0
+    """Divergence of the student's class probabilities from the teacher's; for teachers that classify."""
     tokens: float = 1.0
     """1 - cosine between a latent token and the teacher's features inside its final region."""
     roi_hinge: float = 0.5
@@ -134,6 +139,8 @@ class BootstrapConfig:
              'one or more sentences with "{}" in the place of the class'),
             ("store.crops", self.store.crops, self.store.crops >= 1, "at least 1"),
             ("store.grid", self.store.grid, self.store.grid >= 1, "at least 1"),
+            ("teacher.image_size", self.teacher.image_size, self.teacher.image_size is None
+             or self.teacher.image_size >= 8, "null or at least 8"),
             ("inherited_learning_rate", self.inherited_learning_rate, self.inherited_learning_rate >= 0, "at least 0"),
             ("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
         ):  # fmt: skip

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from sf_mllm.data.scene_tasks import TASK_SETS
+from sf_mllm.encoder.modeling_sparseformer import SparseFormerOutput
 from sf_mllm.training.bootstrap_config import BootstrapConfig
+from sf_mllm.training.losses import embedding_loss
 from sf_mllm.training.region_snapshots import NUM_IMAGES, RegionSnapshot, save_snapshot
 from sf_mllm.training.roi_statistics import describe_rois, measure_on_scenes
 from sf_mllm.training.teacher_texts import make_scorer
@@ -48,8 +50,9 @@ class BootstrapEvaluation:
         """Measure the student as it is; every process must call it, and gets the same numbers.
 
         Returns:
-            `embedding_cosine`, `tokens_cosine`: agreement with the teacher on the held-out images, 1 is perfect; there,
-            too, the entries of `describe_rois`. With zero-shot tasks the entries of `compare`; if these are about
+            `embedding_cosine`, `tokens_cosine`: agreement with the teacher on the held-out images, 1 is perfect; with a
+            classifier also `class_agreement`, the share of them that both put into the same class; there, too, the
+            entries of `describe_rois`. With zero-shot tasks the entries of `compare`; if these are about
             scenes, `roi_objects_covered`, `roi_object_share` and `roi_object_share_of_image` of `measure_on_scenes`.
         """
         student = trainer.model.eval()
@@ -69,11 +72,14 @@ class BootstrapEvaluation:
         for batch in trainer.get_eval_dataloader():
             with trainer.precision():
                 output = student(task.normalise(batch["pixel_values"]), output_sampling_points=True)
-                losses = task.losses(output, task.targets(batch))
+                target = task.targets(batch)
+                losses = task.losses(output, target)
             if sum(len(rois) for _, rois in shown) < NUM_IMAGES:
                 shown.append((batch["pixel_values"].cpu(), output.rois[:, -1].float().cpu()))
-            for name in ("embedding", "tokens"):
-                rows[name].append(1 - losses[name])
+            rows["embedding"].append(1 - embedding_loss(output.pooler_output, target.embedding))
+            rows["tokens"].append(1 - losses["tokens"])
+            if task.teacher.output_kind == "logits":
+                rows["class"].append((output.pooler_output.argmax(-1) == target.embedding.argmax(-1)).float())
             rows["rois"].append(output.rois[:, -1])
             rows["points"].append(torch.stack(output.sampling_points, dim=1))  # [B, samplings, N, P, 2]
             for values in rows.values():
@@ -83,10 +89,12 @@ class BootstrapEvaluation:
             save_snapshot(self.run_path, RegionSnapshot(trainer.state.global_step, pixels, rois))
         merged = {name: torch.cat(values) for name, values in rows.items()}
         metrics = {f"{name}_cosine": merged[name].mean().item() for name in ("embedding", "tokens")}
+        if "class" in merged:
+            metrics["class_agreement"] = merged["class"].mean().item()
         return metrics | describe_rois(merged["rois"], merged["points"].unbind(1))
 
     def _measure_on_scenes(self, trainer: BootstrapTrainer, task_set: str) -> dict[str, float]:
-        def encode(pixels: Tensor) -> Tensor:
+        def encode(pixels: Tensor) -> SparseFormerOutput:
             with trainer.precision():
                 return trainer.model(trainer.task.normalise(pixels), output_sampling_points=True)
 

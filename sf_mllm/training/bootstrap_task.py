@@ -9,7 +9,13 @@ from torch import Tensor
 from sf_mllm.data.teacher_store import dequantise
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerOutput
 from sf_mllm.training.bootstrap_config import LossConfig
-from sf_mllm.training.losses import average_in_rois, embedding_loss, roi_hinge_loss, token_loss
+from sf_mllm.training.losses import (
+    average_in_rois,
+    classification_loss,
+    embedding_loss,
+    roi_hinge_loss,
+    token_loss,
+)
 from sf_mllm.training.teachers import Teacher, TeacherOutput
 
 
@@ -48,8 +54,12 @@ class BootstrapTask:
         """
         assert output.last_hidden_state is not None and output.pooler_output is not None and output.rois is not None
         latents = output.last_hidden_state[:, -output.rois.shape[2] :]
+        if self.teacher.output_kind == "logits":
+            of_image = {"classification": classification_loss(output.pooler_output, target.embedding)}
+        else:
+            of_image = {"embedding": embedding_loss(output.pooler_output, target.embedding)}
         return {
-            "embedding": embedding_loss(output.pooler_output, target.embedding),
+            **of_image,
             "tokens": token_loss(latents, average_in_rois(target.feature_map, output.rois[:, -1])),
             "roi_hinge": roi_hinge_loss(output.rois),
         }

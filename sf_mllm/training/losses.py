@@ -20,6 +20,26 @@ def embedding_loss(student_embeddings: Tensor, teacher_embeddings: Tensor) -> Te
     return 1 - F.cosine_similarity(student_embeddings.float(), teacher_embeddings.float(), dim=-1)
 
 
+def classification_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0) -> Tensor:
+    """Kullback-Leibler divergence of a student's class probabilities from its teacher's.
+
+    Unlike a cosine it knows that a shift of all logits means nothing and that the largest ones decide.
+
+    Args:
+        student_logits: [B, classes].
+        teacher_logits: [B, classes].
+        temperature: divides all logits, so that classes the teacher thinks unlikely are learned too; the result is
+            multiplied by its square, which keeps the size of the gradients.
+
+    Returns:
+        [B], in nats at temperature 1.
+
+    Source: Hinton et al., arXiv 1503.02531.
+    """
+    student, teacher = (F.log_softmax(x.float() / temperature, dim=-1) for x in (student_logits, teacher_logits))
+    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
+
+
 def token_loss(latents: Tensor, targets: Tensor) -> Tensor:
     """One minus the cosine between latent tokens and what the teacher sees at their place.
 

@@ -1,18 +1,22 @@
 """Teachers of the bootstrap stage: open_clip CLIPs and timm ViTs behind one small interface."""
 
 import logging
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import open_clip
 import timm
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sf_mllm.assets import resolve_demo
+from sf_mllm.encoder.vit_timm import read_class_names
 from sf_mllm.errors import InputError, first_line, nearest
 from sf_mllm.training.bootstrap_config import TeacherConfig
 
@@ -20,10 +24,19 @@ logger = logging.getLogger(__name__)
 
 _DIRECTORY_SCHEMES = ("local-dir:", "hf-hub:")
 """Prefixes with which open_clip and timm take configuration and weights from one place."""
+_LONGEST_REASON = 300
+"""Characters of a library's message that are passed on: PyTorch lists every key that does not fit."""
+
+
+OutputKind = Literal["embedding", "logits"]
+"""What a teacher says of an image: a point in a space, or scores of classes."""
 
 
 class TeacherOutput(NamedTuple):
-    """`embedding` [B, proj] and the normalised last `feature_map` [B, D, h, w], without class or register tokens."""
+    """`embedding` [B, proj] and the normalised last `feature_map` [B, D, h, w], without class or register tokens.
+
+    The `embedding` of a teacher whose `output_kind` is "logits" are its logits.
+    """
 
     embedding: Tensor
     feature_map: Tensor
@@ -42,6 +55,7 @@ class OpenClipTeacher(nn.Module):
     """Image tower of an open_clip CLIP, frozen."""
 
     visual: Any
+    output_kind: OutputKind = "embedding"
 
     def __init__(self, clip: Any) -> None:
         super().__init__()
@@ -67,9 +81,9 @@ class OpenClipTeacher(nn.Module):
 
 
 class TimmTeacher(nn.Module):
-    """A timm `VisionTransformer`, frozen.
+    """A timm `VisionTransformer` or `Eva`, frozen.
 
-    Its embedding is what its head returns: the CLIP space for CLIP weights, else the logits.
+    Its embedding is what its head returns: logits, the CLIP space for CLIP weights, the pooled features without a head.
     """
 
     vit: Any
@@ -77,6 +91,7 @@ class TimmTeacher(nn.Module):
     def __init__(self, vit: Any) -> None:
         super().__init__()
         self.vit = vit
+        self.output_kind: OutputKind = "embedding" if read_class_names(vit) is None else "logits"
         self.requires_grad_(False)
         self.preprocessing = _read_preprocessing(vit.pretrained_cfg, vit.patch_embed.img_size)
         self.eval()
@@ -109,7 +124,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     except Exception as error:  # both libraries, their file readers and the hub raise almost any type here
         raise InputError(
             f"Teacher '{config.model}' (pretrained={config.pretrained}) cannot be loaded by {config.source}: "
-            f"{first_line(error)}."
+            f"{textwrap.shorten(first_line(error), _LONGEST_REASON, placeholder=' ...')}."
         ) from error
     if config.pretrained is None and not _brings_its_weights(config.model):
         logger.warning("The teacher has random weights; its student learns nothing of use.")
@@ -120,11 +135,12 @@ def load_clip(config: TeacherConfig) -> Any:
     """Build a whole open_clip model, text tower included; `load_teacher` says what goes wrong in words."""
     model = resolve_model(config.model)
     if model.startswith(_DIRECTORY_SCHEMES):
-        return open_clip.create_model(model, require_pretrained=True)
+        return open_clip.create_model(model, require_pretrained=True, force_image_size=config.image_size)
     _refuse_unknown(model, open_clip.list_models(), "open_clip")
     if config.pretrained is None:
         # Without weights nothing ties it to the CPU: under `torch.device("meta")` a size can be tried for free.
-        return open_clip.create_model(model, device=torch.get_default_device())
+        device = torch.get_default_device()
+        return open_clip.create_model(model, device=device, force_image_size=config.image_size)
     if not Path(config.pretrained).is_file():
         tags = open_clip.list_pretrained_tags_by_model(model)
         if config.pretrained not in tags:
@@ -136,11 +152,8 @@ def load_clip(config: TeacherConfig) -> Any:
         needs = bool(open_clip.get_pretrained_cfg(model, config.pretrained).get("quick_gelu", False))
         if needs != bool((open_clip.get_model_config(model) or {}).get("quick_gelu", False)):
             twin = f"{model}-quickgelu" if needs else model.removesuffix("-quickgelu")
-            raise InputError(
-                f"The weights '{config.pretrained}' were trained with {'quick ' if needs else 'plain '}GELU, "
-                f"the architecture '{model}' uses the other one; set teacher.model={twin}."
-            )
-    return open_clip.create_model(model, config.pretrained, require_pretrained=True)
+            raise _other_activation(config, "quick" if needs else "plain", twin)
+    return open_clip.create_model(model, config.pretrained, require_pretrained=True, force_image_size=config.image_size)
 
 
 def _load_timm(config: TeacherConfig) -> TimmTeacher:
@@ -152,7 +165,8 @@ def _load_timm(config: TeacherConfig) -> TimmTeacher:
         if config.pretrained is None:
             vit = timm.create_model(model)
         elif Path(config.pretrained).is_file():
-            vit = timm.create_model(model, checkpoint_path=config.pretrained)
+            num_classes = _count_classes(Path(config.pretrained))
+            vit = timm.create_model(model, num_classes=num_classes, checkpoint_path=config.pretrained)
         else:
             known = [name.partition(".")[2] for name in timm.list_pretrained(f"{model}.*")]
             if config.pretrained not in known:
@@ -160,9 +174,16 @@ def _load_timm(config: TeacherConfig) -> TimmTeacher:
                     f"'{config.pretrained}' is neither a file nor a tag of timm's '{model}'."
                     f"{nearest(config.pretrained, known)} Tags: {', '.join(known) or 'none'}."
                 )
+            # The activation is not in the weights; timm only notes it.
+            settings = timm.get_pretrained_cfg(f"{model}.{config.pretrained}", allow_unregistered=False)
+            notes = " ".join(settings.notes or ()) if settings is not None else ""
+            if "natively QuickGELU" in notes and "quickgelu" not in model:
+                raise _other_activation(config, "quick", model.replace("_clip_", "_clip_quickgelu_"))
             vit = timm.create_model(f"{model}.{config.pretrained}", pretrained=True)
-    if not isinstance(vit, VisionTransformer):
+    if not isinstance(vit, VisionTransformer | Eva):
         raise InputError(f"timm's '{model}' is a {type(vit).__name__}; only VisionTransformer models can be teachers.")
+    if config.image_size is not None:
+        vit.set_input_size((config.image_size, config.image_size))
     return TimmTeacher(vit)
 
 
@@ -170,6 +191,22 @@ _LOADERS: dict[str, Callable[[TeacherConfig], Teacher]] = {
     "open_clip": lambda config: OpenClipTeacher(load_clip(config)),
     "timm": _load_timm,
 }
+
+
+def _count_classes(path: Path) -> int:
+    """Classes of the head in a file of weights, 0 if it has none; timm by itself expects those of the model's name."""
+    if path.suffix == ".npz":  # as Google published them
+        with np.load(path) as arrays:
+            return len(arrays["head/bias"]) if "head/bias" in arrays else 0
+    head = timm.models.load_state_dict(str(path)).get("head.weight")
+    return 0 if head is None else len(head)
+
+
+def _other_activation(config: TeacherConfig, needed: str, twin: str) -> InputError:
+    return InputError(
+        f"The weights '{config.pretrained}' were trained with {needed} GELU, the architecture '{config.model}' uses "
+        f"the other one; set teacher.model={twin}."
+    )
 
 
 def resolve_model(model: str) -> str:

@@ -2,14 +2,44 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from sf_mllm.training.losses import average_in_rois, embedding_loss, roi_hinge_loss, token_loss
+from sf_mllm.training.losses import (
+    average_in_rois,
+    classification_loss,
+    embedding_loss,
+    roi_hinge_loss,
+    token_loss,
+)
 
 
 def test_embedding_loss_by_hand():
     student = torch.tensor([[3.0, 0.0], [1.0, 1.0]])
     teacher = torch.tensor([[0.5, 0.0], [0.0, -2.0]])  # cosines 1 and -1/sqrt(2), whatever the scale
     torch.testing.assert_close(embedding_loss(student, teacher), torch.tensor([0.0, 1 + 1 / math.sqrt(2)]))
+
+
+def test_classification_loss_by_hand():
+    teacher = torch.tensor([[0.0, math.log(3.0)], [5.0, 5.0]])  # probabilities 1/4 and 3/4, 1/2 and 1/2
+    student = torch.tensor([[1.0, 1.0], [7.0, 7.0]])  # 1/2 and 1/2, whatever is added to all
+    by_hand = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    torch.testing.assert_close(
+        classification_loss(student, teacher, temperature=1.0), torch.tensor([by_hand, 0.0]), atol=1e-6, rtol=1e-5
+    )
+    # Twice the logits at twice the temperature are the same probabilities; the loss grows by the square.
+    torch.testing.assert_close(
+        classification_loss(2 * student, 2 * teacher), torch.tensor([4 * by_hand, 0.0]), atol=1e-6, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="none").sum(-1),
+        classification_loss(student, teacher, temperature=1.0),
+    )
+
+
+def test_classification_loss_is_computed_in_single_precision():
+    logits = torch.tensor([[30.0, -30.0, 0.0]], dtype=torch.bfloat16)
+    loss = classification_loss(logits, logits.clone())
+    assert loss.dtype == torch.float32 and loss.item() == 0.0
 
 
 def test_token_loss_by_hand():
