@@ -17,6 +17,7 @@ from sf_mllm.training.bootstrap_images import order_images, prepare_images
 from sf_mllm.training.bootstrap_student import build_student
 from sf_mllm.training.bootstrap_task import BootstrapTask
 from sf_mllm.training.bootstrap_trainer import BootstrapTrainer
+from sf_mllm.training.processes import check_deepspeed
 from sf_mllm.training.progress import report_progress
 from sf_mllm.training.run_folder import RunFolder, write_directory_atomically
 from sf_mllm.training.step_times import describe_speed
@@ -37,6 +38,7 @@ def run_bootstrap(config: BootstrapConfig) -> Path:
         logger.info("This run is complete; its encoder is %s. Set another output_dir to train anew.", encoder_directory)
         return encoder_directory
     arguments = make_training_arguments(config.train, run.checkpoints, config.seed)
+    check_deepspeed(arguments)
     with run.recording():
         trainer, report = build_trainer(config, run, arguments)
         report_progress(trainer, run, describe_evaluation)
@@ -52,6 +54,7 @@ def run_bootstrap(config: BootstrapConfig) -> Path:
         )
         if trainer.is_world_process_zero():
             save_encoder(trainer.model, trainer.task.teacher, config.data, encoder_directory)
+    trainer.accelerator.end_training()
     logger.info("Saved the encoder in %s", encoder_directory)
     return encoder_directory
 

@@ -53,7 +53,7 @@ class BootstrapTrainer(Trainer):
         self.add_callback(self.times)
         task.teacher.to(self.args.device)
         if self.args.torch_compile:
-            task.teacher.compile()
+            task.teacher.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch the micro-batches of one step, and note how long that took."""
@@ -124,7 +124,9 @@ class BootstrapTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Measure the student and log the result."""
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluation.measure(self).items()}
+        # Its batches have other sizes than those of training; compiling for each would cost more than it saves.
+        with torch.compiler.set_stance("force_eager"):
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluation.measure(self).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

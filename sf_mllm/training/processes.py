@@ -1,0 +1,38 @@
+"""Stage one on several processes: what a DeepSpeed configuration must say for it."""
+
+from transformers import TrainingArguments
+
+from sf_mllm.errors import InputError
+
+
+def check_deepspeed(arguments: TrainingArguments) -> None:
+    """Refuse a DeepSpeed configuration under which a student would train otherwise than in one process.
+
+    Its weights must stay fp32 and autocast decide about products, as without DeepSpeed; DeepSpeed's own bf16 and fp16
+    modes would round the weights themselves, among them those that predict coordinates. Stage 3 would split weights
+    that inheriting and saving need whole.
+
+    Raises:
+        InputError: the configuration says something else; names the one that fits.
+    """
+    plugin = getattr(arguments, "deepspeed_plugin", None)
+    if plugin is None:
+        return
+    settings = plugin.deepspeed_config
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage > 2:
+        raise InputError(
+            f"DeepSpeed ZeRO stage {stage} cannot train an encoder; use stage 2, configs/deepspeed/zero2.json."
+        )
+    if any(settings.get(name, {}).get("enabled") for name in ("bf16", "fp16")):
+        raise InputError(
+            "The DeepSpeed configuration rounds the weights themselves (bf16.enabled or fp16.enabled); take "
+            "configs/deepspeed/zero2.json, whose torch_autocast rounds only products."
+        )
+    autocast = settings.get("torch_autocast", {})
+    dtype = autocast.get("dtype") if autocast.get("enabled") else None
+    if dtype != ("bfloat16" if arguments.bf16 else None):
+        raise InputError(
+            f"train.bf16={str(arguments.bf16).lower()}, but the DeepSpeed configuration's torch_autocast computes in "
+            f"{dtype or 'float32'}; make both the same."
+        )
