@@ -1,4 +1,4 @@
-"""The batches of the demo teacher's training: scenes with twins, captions of four kinds, and what is true of what."""
+"""The batches of the demo teacher's training: scenes with twins, captions, and what is true of what."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,12 +8,14 @@ from torch import Tensor
 
 from scripts.demo.scene_supervision import make_twins
 from sf_mllm.data.scene_captions import (
+    PHRASE_LENGTH,
     SHORT_LENGTH,
     Captions,
+    all_phrases,
     count_captions,
     list_captions,
     may_hold,
-    phrase_captions,
+    phrases_hold,
     relation_captions,
     tokenize,
     wrong_captions,
@@ -26,10 +28,10 @@ WRONG_TEXTS = 3  # wrong versions of each caption
 PHASES = ((0.04, 1), (0.1, 2), (0.2, 4), (1.0, 8))  # (until this share of the run, most objects)
 _CAPTION_KINDS: tuple[Callable[[Scenes, Draws], Captions], ...] = (
     list_captions,
-    phrase_captions,
+    relation_captions,
     relation_captions,
     count_captions,
-)  # lists first: the others are short and encoded together
+)  # lists first: the others are short and encoded together; each call draws another relation
 _TWIN_SEED_OFFSET, _CAPTION_SEED_OFFSET, _WRONG_SEED_OFFSET = 1_000_000_007, 2_000_000_011, 3_000_000_019
 
 
@@ -49,6 +51,8 @@ class Batch:
     scenes: Scenes
     pixels: Tensor  # [B, 3, H, W] uint8
     groups: list[CaptionGroup]  # as _CAPTION_KINDS
+    phrases: Tensor  # [P, PHRASE_LENGTH] tokens of every caption of one object
+    phrases_hold: Tensor  # [P, B] bool, which of them are true of which scene
 
     @property
     def lists(self) -> Tensor:
@@ -79,6 +83,9 @@ class BatchMaker:
         self.indices = torch.zeros(batch_size // 2, dtype=torch.int64, device=device)
         self._render = torch.compile(render, dynamic=False) if compiles else render
         self._may_hold = torch.compile(may_hold, dynamic=False) if compiles else may_hold
+        self._phrases_hold = torch.compile(phrases_hold, dynamic=False) if compiles else phrases_hold
+        self._phrases = all_phrases(device)
+        self._phrase_tokens = tokenize(self._phrases)[:, :PHRASE_LENGTH]
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Batch]] = {}  # by the most objects in a scene
 
     def make(self, step: int, progress: float) -> Batch:
@@ -118,7 +125,13 @@ class BatchMaker:
         wrong_indices = torch.cat([WRONG_TEXTS * indices + number for number in range(WRONG_TEXTS)])
         wrong_draws = Draws(self.seed + _WRONG_SEED_OFFSET, wrong_indices)
         groups = [self._add_wrong(scenes, kind(scenes, draws), wrong_draws) for kind in _CAPTION_KINDS]
-        return Batch(scenes=scenes, pixels=self._render(scenes, IMAGE_SIZE), groups=groups)
+        return Batch(
+            scenes=scenes,
+            pixels=self._render(scenes, IMAGE_SIZE),
+            groups=groups,
+            phrases=self._phrase_tokens,
+            phrases_hold=self._phrases_hold(self._phrases, scenes),
+        )
 
     def _add_wrong(self, scenes: Scenes, captions: Captions, wrong_draws: Draws) -> CaptionGroup:
         """Add wrong versions to one caption of each scene, and find out what is true of what."""

@@ -29,23 +29,28 @@ class TeacherTask(nn.Module):
         self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None] * 255, persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None] * 255, persistent=False)
 
-    def forward(self, pixels: Tensor, lists: Tensor, short: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, pixels: Tensor, lists: Tensor, short: Tensor, phrases: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Encode a batch.
 
         Args:
             pixels: [B, 3, H, W] uint8.
             lists: tokens [L, CONTEXT_LENGTH].
             short: tokens [S, SHORT_LENGTH].
+            phrases: tokens [P, PHRASE_LENGTH].
 
         Returns:
-            Unit image features [B, E], unit text features [L + S, E] and patch logits [B, patches, classes].
+            Unit features of images [B, E], lists and short texts [L + S, E] and phrases [P, E], and patch logits
+            [B, patches, classes].
         """
         outputs = self.clip.visual.forward_intermediates(
             (pixels.float() - self.mean) / self.std, indices=1, normalize_intermediates=True, output_fmt="NLC"
         )
         image_features = F.normalize(outputs["image_features"].float(), dim=-1)
         text_features = torch.cat([self.encode_text(lists), self.encode_text(short)])
-        return image_features, text_features, self.patch_head(outputs["image_intermediates"][0]).float()
+        patch_logits = self.patch_head(outputs["image_intermediates"][0]).float()
+        return image_features, text_features, self.encode_text(phrases), patch_logits
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Return unit features [L, E] of tokens [L, T], T up to the context: `CLIP.encode_text` takes full length only.
@@ -96,6 +101,23 @@ def contrastive_losses(image: Tensor, text: Tensor, scale: Tensor, group: Captio
     by_image = torch.stack((own_logits, masked[other, labels]), dim=1)  # own text against the twin's
     twin_loss = (F.cross_entropy(by_text, first) + F.cross_entropy(by_image, first)) / 2
     return torch.stack((info_nce, wrong_loss, twin_loss))
+
+
+def phrase_loss(image: Tensor, phrases: Tensor, scale: Tensor, holds: Tensor) -> Tensor:
+    """Cross entropy of every true phrase about an image against all false ones; a mean over images.
+
+    All near misses are among them: the right shape in the wrong place, the right place with the wrong colour.
+
+    Args:
+        image: [B, E] unit features.
+        phrases: [P, E] unit features.
+        scale: factor of the cosine similarities.
+        holds: [P, B] bool, at least one true for each image.
+    """
+    logits, is_true = scale * image @ phrases.T, holds.T  # [B, P]
+    false_mass = logits.masked_fill(is_true, -math.inf).logsumexp(dim=1, keepdim=True)
+    losses = F.softplus(false_mass - logits).masked_fill(~is_true, 0)
+    return (losses.sum(dim=1) / is_true.sum(dim=1)).mean()
 
 
 def patch_loss(logits: Tensor, scenes: Scenes) -> Tensor:

@@ -1,9 +1,10 @@
 """Train the small CLIP that ships as the demo's teacher, from scratch on procedural scenes.
 
 What makes it bind colours, shapes and places to objects instead of learning a bag of words: half of every batch are
-twin scenes with one edit, every image has captions of four kinds at once (lists, single objects, relations, counts),
-every caption has wrong versions of itself as negatives, texts that happen to be true of another image are masked, an
-auxiliary loss tells what single patches show (its head is thrown away), and scenes grow from one object to eight.
+twin scenes with one edit, every image has captions of several kinds at once (lists, relations, counts) with wrong
+versions of each as negatives, it is compared with every phrase about one object that there is, texts that happen to be
+true of another image are no negatives of it, an auxiliary loss tells what single patches show (its head is thrown
+away), and scenes grow from one object to eight.
 Command: `python -m scripts.demo.train_clip --out DIR --seconds 400 --device cuda`.
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from eval.zero_shot import evaluate, evaluate_directory
 from scripts.demo.clip_batch import IMAGE_SIZE, BatchMaker
 from scripts.demo.clip_model import build_model, build_tokenizer, create_directory, model_config, save_weights
-from scripts.demo.clip_step import TeacherTask, contrastive_losses, patch_loss, split_text
+from scripts.demo.clip_step import TeacherTask, contrastive_losses, patch_loss, phrase_loss, split_text
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
 from sf_mllm.data.scene_captions import CONTEXT_LENGTH
 from sf_mllm.data.scene_tasks import build_tasks
@@ -131,15 +132,19 @@ def train(options: argparse.Namespace) -> list[ZeroShotResult]:
             group["lr"] = learning_rate
         batch = batches.make(step, progress)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")):
-            image, text, patches = forward(batch.pixels, batch.lists, batch.short)
+            image, text, phrases, patches = forward(batch.pixels, batch.lists, batch.short, batch.phrases)
         scale = clip.logit_scale.exp()
         by_group = [
             contrastive_losses(image, features, scale, group)
             for features, group in zip(split_text(text, batch), batch.groups, strict=True)
         ]
-        parts = (*torch.stack(by_group).mean(dim=0), patch_loss(patches, batch.scenes))
+        parts = (
+            *torch.stack(by_group).mean(dim=0),
+            phrase_loss(image, phrases, scale, batch.phrases_hold),
+            patch_loss(patches, batch.scenes),
+        )
         patch_weight = PATCH_LOSS_WEIGHTS[0] + progress * (PATCH_LOSS_WEIGHTS[1] - PATCH_LOSS_WEIGHTS[0])
-        loss = parts[0] + parts[1] + parts[2] + patch_weight * parts[3]
+        loss = sum(parts[:-1]) + patch_weight * parts[-1]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(task.parameters(), 1.0)
@@ -157,7 +162,7 @@ def train(options: argparse.Namespace) -> list[ZeroShotResult]:
                 raise RuntimeError(f"The loss is {values[0]} at step {step}.")
             rate = (step - last_log[0]) * options.batch_size / max(clock.seconds() - last_log[1], 1e-9)
             last_log = (step, clock.seconds())
-            names = ("loss", "info_nce", "wrong_text", "twin", "patch", "logit_scale")
+            names = ("loss", "info_nce", "wrong_text", "twin", "phrase", "patch", "logit_scale")
             row = dict(zip(names, (round(value, 4) for value in values), strict=True))
             write(step=step, seconds=clock.seconds(), images_per_s=round(rate), lr=learning_rate, **row)
             shown = "  ".join(f"{name} {value:.3f}" for name, value in row.items())

@@ -8,6 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sf_mllm.data.scene_sampling import (
@@ -42,7 +43,9 @@ WORDS = (
 CONTEXT_LENGTH = 32
 """Tokens of a caption with <bos> and <eos>: the longest has 30 words."""
 SHORT_LENGTH = 10
-"""The same for captions of one phrase, relations and counts: the longest relates two objects, named in full."""
+"""The same for relations and counts: the longest relates two objects, named with size, colour and shape."""
+PHRASE_LENGTH = 6
+"""The same for captions of one object."""
 
 _SIZE0, _COLOR0, _SHAPE0, _PLACE0 = (WORDS.index(names[0]) for names in (SIZES, COLORS, SHAPES, PLACES))
 _PLURAL0, _NUMBER0 = WORDS.index(_PLURALS[0]), WORDS.index(_NUMBERS[0])
@@ -111,6 +114,38 @@ def phrase_captions(scenes: Scenes, draws: Draws) -> Captions:
     phrase[:, 0] = torch.where(kept, facts(scenes).gather(1, chosen)[:, 0], ANY)
     zeros = torch.zeros_like(scenes.count)
     return Captions(kind=zeros + LIST, phrase=phrase, used=_first(1, scenes), number=zeros + ANY, relation=zeros)
+
+
+def all_phrases(device: str | torch.device) -> Captions:
+    """Make every caption of one object, with every combination of stated and open attributes.
+
+    Returns:
+        3239 captions; the one that states nothing is left out.
+    """
+    columns = [torch.arange(ANY, values, device=device) for values in ATTRIBUTE_VALUES]
+    stated = torch.cartesian_prod(*columns)[1:]  # [P, 4]; the first has ANY throughout
+    zeros = torch.zeros(len(stated), dtype=torch.int64, device=device)
+    phrase = F.pad(stated[:, None], (0, 0, 0, MAX_OBJECTS - 1), value=ANY)  # [P, 8, 4]
+    used = torch.arange(MAX_OBJECTS, device=device).expand(len(stated), -1) < 1
+    return Captions(kind=zeros + LIST, phrase=phrase, used=used, number=zeros + ANY, relation=zeros)
+
+
+def phrases_hold(phrases: Captions, scenes: Scenes) -> Tensor:
+    """Tell which captions of one object are true of which scenes: what `may_hold` says, at an eighth of its work.
+
+    Args:
+        phrases: T captions, from `all_phrases` or `phrase_captions`.
+        scenes: B scenes.
+
+    Returns:
+        [T, B] bool.
+    """
+    fact = facts(scenes)
+    fits = scenes.present[None]  # [T, B, 8]
+    for column in range(len(ATTRIBUTE_VALUES)):
+        stated = phrases.phrase[:, 0, column, None, None]
+        fits = fits & ((stated == fact[None, :, :, column]) | (stated == ANY))
+    return fits.any(dim=-1)
 
 
 def relation_captions(scenes: Scenes, draws: Draws) -> Captions:

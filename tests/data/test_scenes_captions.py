@@ -11,16 +11,19 @@ from sf_mllm.data.scene_captions import (
     EOS,
     LIST,
     PAD,
+    PHRASE_LENGTH,
     RELATION,
     SHORT_LENGTH,
     WORDS,
     Captions,
+    all_phrases,
     choose,
     count_captions,
     full_captions,
     list_captions,
     may_hold,
     phrase_captions,
+    phrases_hold,
     relation_captions,
     tokenize,
     wrong_captions,
@@ -134,6 +137,18 @@ def test_truth_agrees_with_reading_the_words(scenes, captions):
                 else:
                     assert found == expected, (texts[text_index], objects[scene_index])
     assert disagreements <= 5
+
+
+def test_all_phrases_are_different_and_their_truth_is_that_of_any_caption(scenes):
+    phrases = all_phrases("cpu")
+    tokens = tokenize(phrases)
+    assert len(phrases) == 4 * 9 * 9 * 10 - 1 == len(tokens.unique(dim=0))
+    assert (tokens[:, PHRASE_LENGTH:] == PAD).all()
+    some, few = torch.arange(0, len(phrases), 7), scenes.select(slice(0, 40))
+    picked = Captions(**{field.name: getattr(phrases, field.name)[some] for field in dataclasses.fields(phrases)})
+    truth = phrases_hold(picked, few)
+    torch.testing.assert_close(truth, may_hold(picked, few, all_pairs=True), rtol=0, atol=0)
+    assert truth.any() and not truth.all(dim=1).any()
 
 
 def test_wrong_captions_change_one_thing(scenes, captions):

@@ -9,11 +9,13 @@ from safetensors import safe_open
 
 from scripts.demo.clip_batch import WRONG_TEXTS, BatchMaker
 from scripts.demo.clip_model import WEIGHTS_FILE, build_model, build_tokenizer, model_config
-from scripts.demo.clip_step import TeacherTask, contrastive_losses, patch_loss, split_text
+from scripts.demo.clip_step import TeacherTask, contrastive_losses, patch_loss, phrase_loss, split_text
 from scripts.demo.scene_supervision import make_twins, patch_owners
 from scripts.demo.train_clip import main
 from sf_mllm.data.scene_captions import (
+    CONTEXT_LENGTH,
     PAD,
+    PHRASE_LENGTH,
     SHORT_LENGTH,
     WORDS,
     count_captions,
@@ -136,6 +138,21 @@ def test_losses_equal_a_plain_loop(number):
     torch.testing.assert_close(contrastive_losses(image, text, scale, group), expected)
 
 
+def test_phrase_loss_equals_a_plain_loop():
+    generator = torch.Generator().manual_seed(0)
+    image = F.normalize(torch.randn(3, 5, generator=generator), dim=-1)
+    phrases = F.normalize(torch.randn(7, 5, generator=generator), dim=-1)
+    holds = torch.rand(7, 3, generator=generator) < 0.4
+    holds[0] = True
+    logits = (4 * image @ phrases.T).double()
+    losses = []
+    for i in range(3):
+        false = logits[i][~holds[:, i]].exp().sum()
+        losses.append(torch.stack([-(v.exp() / (v.exp() + false)).log() for v in logits[i][holds[:, i]]]).mean())
+    expected = torch.stack(losses).mean().float()
+    torch.testing.assert_close(phrase_loss(image, phrases, torch.tensor(4.0), holds), expected)
+
+
 def test_perfect_patch_predictions_cost_nothing():
     batch = make_batch(0, 8, seed=0, progress=0.5)
     owner = patch_owners(batch.scenes, 14)
@@ -166,7 +183,9 @@ def test_short_text_gets_the_features_of_padded_text():
     batch = make_batch(2, 8, seed=0, progress=0.9)
     task = TeacherTask(build_model(model_config(64, 1, 2, 16), seed=0)).eval()
     with torch.no_grad():
-        _, text, _ = task(batch.pixels, batch.lists, batch.short)
+        _, text, phrases, _ = task(batch.pixels, batch.lists, batch.short, batch.phrases)
+        some = F.pad(batch.phrases[:50], (0, CONTEXT_LENGTH - PHRASE_LENGTH), value=PAD)
+        torch.testing.assert_close(phrases[:50], task.clip.encode_text(some, normalize=True))
         for features, group in zip(split_text(text, batch), batch.groups, strict=True):
             assert (group.tokens[:, SHORT_LENGTH:] == PAD).all() or group is batch.groups[0]
             torch.testing.assert_close(features, task.clip.encode_text(group.tokens, normalize=True))
