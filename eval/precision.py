@@ -19,7 +19,7 @@ from eval.rows import append_rows
 from sf_mllm import SparseFormerConfig, SparseFormerImageProcessor, SparseFormerModel, SparseFormerOutput
 from sf_mllm.assets import resolve_demo
 from sf_mllm.data.image_io import open_image
-from sf_mllm.data.images import find_images
+from sf_mllm.data.image_sources import find_images
 from sf_mllm.encoder.layers import MatrixGenerator, ZeroStartLinear
 from sf_mllm.errors import InputError, report_input_errors
 

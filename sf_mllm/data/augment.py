@@ -1,6 +1,7 @@
 """How a training image is cut: crops are drawn first, as plain numbers that can be stored, and applied afterwards."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -110,9 +111,10 @@ def draw_crop(
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
         torch.default_generator.manual_seed(int(rng.integers(2**63)))
         shape_only = torch.empty(1, height, width, device="meta")
-        box = RandomResizedCrop.get_params(shape_only, [settings.min_crop_area, 1.0], ratio)
+        top, left, height, width = RandomResizedCrop.get_params(shape_only, [settings.min_crop_area, 1.0], ratio)
         flip = settings.flip and torch.rand(1).item() < 0.5
-    return Crop(*box, flip, int(rng.integers(2**31)) if settings.color_jitter else None)
+    jitter = int(rng.integers(2**31)) if settings.color_jitter else None
+    return Crop(top, left, height, width, flip, jitter)
 
 
 def cut(image: Image.Image, crop: Crop, resolution: Resolution, color_jitter: float = 0.0) -> Tensor:
@@ -147,12 +149,11 @@ def squeeze(image: Image.Image, resolution: Resolution) -> Tensor:
     return F.pil_to_tensor(F.resize(image, list(resolution), BICUBIC))
 
 
-def resolution_of_step(settings: CropSettings, seed: int, step: int) -> Resolution:
+def resolution_of_step(resolutions: Sequence[Resolution], seed: int, step: int) -> Resolution:
     """Return the size of all crops of an optimizer step, equal in every process."""
-    if len(settings.resolutions) == 1:
-        return settings.resolutions[0]
-    drawn = np.random.default_rng((seed, step, len(settings.resolutions))).integers(len(settings.resolutions))
-    return settings.resolutions[int(drawn)]
+    if len(resolutions) == 1:
+        return resolutions[0]
+    return resolutions[int(np.random.default_rng((seed, step)).integers(len(resolutions)))]
 
 
 class Views(Protocol):

@@ -21,7 +21,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVI
 _WHITE = (255, 255, 255, 255)
 
 
-def open_image(source: str | os.PathLike[str] | bytes | BinaryIO) -> Image.Image:
+def open_image(source: str | os.PathLike[str] | bytes | BinaryIO, name: str = "The image") -> Image.Image:
     """Decode an image into 8-bit RGB, upright, fully loaded and independent of its file.
 
     The EXIF orientation is applied, transparency is composited on white, 16-bit grey is scaled (not clipped) to 8 bit,
@@ -29,6 +29,7 @@ def open_image(source: str | os.PathLike[str] | bytes | BinaryIO) -> Image.Image
 
     Args:
         source: path of an image file, its content, or a binary file object positioned at its start.
+        name: what messages call an image that has no path.
 
     Raises:
         InputError: there is no such file, it is no image, it is damaged, or it has more than `MAX_PIXELS` pixels.
@@ -45,7 +46,7 @@ def open_image(source: str | os.PathLike[str] | bytes | BinaryIO) -> Image.Image
             raise InputError(f"{name} cannot be opened: {error.strerror}.") from error
         with file:
             return _decode(file, name)
-    return _decode(io.BytesIO(source) if isinstance(source, bytes) else source, "The image")
+    return _decode(io.BytesIO(source) if isinstance(source, bytes) else source, name)
 
 
 def _decode(file: BinaryIO, name: str) -> Image.Image:

@@ -44,20 +44,35 @@ class StudentConfig:
 class DataConfig:
     """Unlabelled images and how they are cut."""
 
-    images: str = MISSING
-    """A folder, read with its subfolders, or "scenes", the built-in drawings."""
+    images: Any = MISSING
+    """One description or a list of them: a folder, read with its subfolders; "scenes", the built-in drawings; parquet or
+    arrow files (also *.parquet or their folder), a folder of save_to_disk, hf:OWNER/NAME[:split]; or tar shards of the
+    WebDataset layout (/data/{000..099}.tar, /data/*.tar, pipe:COMMAND, https://...), which do not mix with the others."""
+    image_column: str | None = None
+    """Column of a table, or extension in a tar sample, that holds the images; null where there is only one."""
+    held_out_images: Any = None
+    """Images to measure on, described like `images`; null: some of `images`, of tar shards those of the last one."""
+    shuffle_buffer: int = 1024
+    """Undecoded images that each reader of tar shards holds to shuffle them."""
     scenes_count: int = 2000
     """Number of built-in scenes to draw, held-out ones included."""
     resolution: int = 224
-    """Side of the square crops in pixels; the teacher sees the same crop at its own size."""
+    """Side in pixels of the square that held-out images are squeezed to, as the saved image processor will; the teacher
+    sees the same pixels at its own size."""
+    resolutions: list[Any] | None = None
+    """Sizes of the training crops, sides or [height, width]; each step takes one of them; null: `resolution`."""
     min_crop_area: float = 0.4
-    """Smallest share of an image that a random crop takes; 1 cuts as little as a square allows."""
+    """Smallest share of an image that a random crop takes."""
+    max_aspect_ratio: float = 4 / 3
+    """How much wider or higher than an undistorted or a whole, squeezed image a crop may be."""
     flip: bool = True
     """Mirror half of the crops."""
+    color_jitter: float = 0.0
+    """Largest change of brightness, contrast and saturation, as a share; 0 leaves colours alone."""
     held_out: int = 256
     """Images kept out of training, to measure agreement with the teacher on; two, since regions are compared."""
     max_unreadable_share: float = 0.01
-    """A run stops when more than this share of its files cannot be decoded; below it they are logged and replaced."""
+    """A run stops when more than this share of its images cannot be decoded; below it they are logged and replaced."""
 
 
 @dataclass
@@ -129,6 +144,9 @@ class BootstrapConfig:
             )
         for name, value, is_valid, allowed in (
             ("data.min_crop_area", self.data.min_crop_area, 0 < self.data.min_crop_area <= 1, "above 0 and at most 1"),
+            ("data.max_aspect_ratio", self.data.max_aspect_ratio, self.data.max_aspect_ratio >= 1, "at least 1"),
+            ("data.color_jitter", self.data.color_jitter, 0 <= self.data.color_jitter <= 1, "from 0 to 1"),
+            ("data.shuffle_buffer", self.data.shuffle_buffer, self.data.shuffle_buffer >= 1, "at least 1"),
             ("data.max_unreadable_share", self.data.max_unreadable_share, 0 <= self.data.max_unreadable_share < 1,
              "at least 0 and below 1"),
             ("data.resolution", self.data.resolution, self.data.resolution >= 8, "at least 8"),

@@ -6,14 +6,13 @@ from pathlib import Path
 from torch import nn
 from transformers import TrainingArguments
 
-from sf_mllm.data.images import HeldOutImages
 from sf_mllm.encoder.image_processing_sparseformer import SparseFormerImageProcessor
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.encoder.weights_vit import InheritanceReport
 from sf_mllm.training.arguments import make_training_arguments
 from sf_mllm.training.bootstrap_config import BootstrapConfig, DataConfig
 from sf_mllm.training.bootstrap_evaluation import describe_evaluation, measure_at_end, prepare_evaluation
-from sf_mllm.training.bootstrap_images import order_images, prepare_images
+from sf_mllm.training.bootstrap_images import loader_defaults, make_datasets, prepare_images
 from sf_mllm.training.bootstrap_student import build_student
 from sf_mllm.training.bootstrap_task import BootstrapTask
 from sf_mllm.training.bootstrap_trainer import BootstrapTrainer
@@ -37,7 +36,7 @@ def run_bootstrap(config: BootstrapConfig) -> Path:
     if run.is_complete and encoder_directory.is_dir():
         logger.info("This run is complete; its encoder is %s. Set another output_dir to train anew.", encoder_directory)
         return encoder_directory
-    arguments = make_training_arguments(config.train, run.checkpoints, config.seed)
+    arguments = make_training_arguments(loader_defaults(config.train), run.checkpoints, config.seed)
     check_deepspeed(arguments)
     with run.recording():
         trainer, report = build_trainer(config, run, arguments)
@@ -50,7 +49,7 @@ def run_bootstrap(config: BootstrapConfig) -> Path:
             logger.info("%s", describe_speed(speed))
         run.update_record(
             evaluation=measure_at_end(trainer),
-            unreadable_images=trainer.train_dataset.files.num_unreadable + trainer.eval_dataset.files.num_unreadable,
+            unreadable_images=len(trainer.train_dataset.unreadable),
         )
         if trainer.is_world_process_zero():
             save_encoder(trainer.model, trainer.task.teacher, config.data, encoder_directory)
@@ -65,7 +64,7 @@ def build_trainer(
     """Put teacher, student and images together."""
     teacher = load_teacher(config.teacher)
     student, report = build_student(config, teacher)
-    training, held_out = prepare_images(config, run)
+    training, held_out = make_datasets(prepare_images(config, run), config, run, arguments)
     trainer = BootstrapTrainer(
         task=BootstrapTask(teacher, config.loss),
         evaluation=prepare_evaluation(config, teacher, run.path, arguments.device),
@@ -73,8 +72,8 @@ def build_trainer(
         inherited_learning_rate=config.inherited_learning_rate,
         model=student,
         args=arguments,
-        train_dataset=order_images(training, config, arguments),
-        eval_dataset=HeldOutImages(held_out, config.data.resolution),
+        train_dataset=training,
+        eval_dataset=held_out,
     )
     return trainer, report
 
@@ -89,7 +88,7 @@ def log_plan(run: RunFolder, trainer: BootstrapTrainer, report: InheritanceRepor
         "tokens_per_image": student.config.num_tokens,
         "steps": trainer.args.max_steps,
         "global_batch_size": len(dataset) // trainer.args.max_steps,
-        "epochs": round(dataset.num_epochs, 2),
+        "epochs": round(dataset.epochs_after(len(dataset)), 2) or None,  # unknown before tar shards were read
     }
     run.update_record(**counts)
     logger.info("Student: %s.", report)
@@ -101,11 +100,10 @@ def log_plan(run: RunFolder, trainer: BootstrapTrainer, report: InheritanceRepor
         counts["parameters_of_teacher"] / 1e6,
     )
     logger.info(
-        "%d steps of %d images, %.4g epochs of %d images, on %s.",
+        "%d steps of %d images, %s, on %s.",
         counts["steps"],
         counts["global_batch_size"],
-        counts["epochs"],
-        len(dataset.files),
+        dataset,
         trainer.args.device,
     )
 

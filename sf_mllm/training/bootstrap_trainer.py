@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from sf_mllm.data.image_streams import StreamedImages
 from sf_mllm.data.images import HeldOutImages, TrainingImages
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.training.bootstrap_evaluation import BootstrapEvaluation
@@ -27,7 +28,7 @@ class BootstrapTrainer(Trainer):
     """
 
     model: SparseFormerModel
-    train_dataset: TrainingImages
+    train_dataset: TrainingImages | StreamedImages
     eval_dataset: HeldOutImages
 
     def __init__(
@@ -87,7 +88,7 @@ class BootstrapTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each loss since the last log, and count epochs by images: the Trainer sees one long epoch."""
-        self.state.epoch = self.train_dataset.num_epochs * self.state.global_step / self.args.max_steps
+        self.state.epoch = self.train_dataset.epochs_after(self.state.global_step * self.train_dataset.step_size)
         if "loss" in logs and self._num_losses:
             for name, value in self._loss_sums.items():
                 logs[f"loss_{name}"] = self.accelerator.gather(value).mean().item() / self._num_losses
@@ -132,7 +133,7 @@ class BootstrapTrainer(Trainer):
         return metrics
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-        """Read in order: `TrainingImages` holds the whole run, already shuffled."""
+        """Read in order: the data set holds the whole run, already shuffled."""
         return torch.utils.data.SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:

@@ -111,11 +111,11 @@ def test_squeezing_keeps_the_whole_image():
 
 
 def test_each_step_has_one_of_the_resolutions():
-    settings = CropSettings(resolutions=((16, 16), (8, 32)))
-    found = [resolution_of_step(settings, 0, step) for step in range(40)]
-    assert set(found) == set(settings.resolutions)
-    assert found == [resolution_of_step(settings, 0, step) for step in range(40)]
-    assert found != [resolution_of_step(settings, 1, step) for step in range(40)]
+    sizes = ((16, 16), (8, 32))
+    found = [resolution_of_step(sizes, 0, step) for step in range(40)]
+    assert set(found) == set(sizes)
+    assert found == [resolution_of_step(sizes, 0, step) for step in range(40)]
+    assert found != [resolution_of_step(sizes, 1, step) for step in range(40)]
 
 
 def test_resolutions_are_sides_or_pairs():

@@ -78,6 +78,7 @@ def run_file(tmp_path, clip_directory, image_folder):
             "save_steps": 3,
             "eval_strategy": "steps",
             "eval_steps": 4,
+            "dataloader_num_workers": 0,
             "use_cpu": True,
             "bf16": False,
         },

@@ -54,7 +54,7 @@ def test_a_run_from_yaml_to_an_encoder_directory(run_file, caplog):
     record = json.loads((run / "run.json").read_text())
     assert record["outcome"] == "complete" and record["tokens_per_image"] == 6
     assert record["parameters"] == sum(p.numel() for p in model.parameters())
-    assert record["data"]["files"] == 14 and record["unreadable_images"] == 0
+    assert record["data"]["images"] == "14 images" and record["unreadable_images"] == 0
     rows = rows_of(run)
     assert [row["step"] for row in rows] == [2, 4, 4]
     assert rows[0]["epoch"] == pytest.approx(2 * 4 / 11)  # 14 images, 3 held out
@@ -243,7 +243,7 @@ def test_a_timm_teacher_works(run_file, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.images=/nowhere"], "Image folder '/nowhere' does not exist"),
+        (["data.images=/nowhere"], "'/nowhere' does not exist; data.images takes a folder of images"),
         (["data.held_out=14"], "There are 14 images and data.held_out=14"),
         (["data.held_out=1"], "data.held_out must be at least 2, got 1"),
         (["student.overrides.padding_mode=bordr"], "'border', 'zeros'"),
@@ -278,7 +278,7 @@ def test_files_that_change_during_a_run_are_noticed(run_file, tmp_path):
     prepare_images(config, run)
     prepare_images(config, run)
     (folder / "d.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"changed since this run began \(3 then, 4 now\)"):
+    with pytest.raises(ValueError, match=r"changed since this run began \(3 images then, 4 images now\)"):
         prepare_images(config, run)
 
 
