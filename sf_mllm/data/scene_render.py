@@ -1,12 +1,27 @@
-"""Draw scenes: each object is a signed-distance function on a small patch, added onto the background."""
+"""Draw scenes: each object is a signed distance on a small patch, put onto the background."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sf_mllm.data.scene_sampling import BACKGROUNDS, MAX_RADIUS, SHAPES, UNIT, Scenes
+from sf_mllm.data.scene_domains import BACKGROUNDS, DOMAINS, MAX_RADIUS, TEXTURES, UNIT
+from sf_mllm.data.scene_draws import mix_bits
+from sf_mllm.data.scene_glyphs import TABLE_REACH, distance_tables
+from sf_mllm.data.scene_overlap import Outline
+from sf_mllm.data.scene_sampling import Scenes
+from sf_mllm.data.scene_shapes import shape_distance
+
+# Cluttered domains; lengths in radii of the object's bounding circle unless said otherwise.
+_CONTOUR = 16  # width of the dark contour around objects, in scene units: equal colours stay apart
+_CONTOUR_GREY = 24.0
+_PATTERN_DARKENING = 0.62  # of the dark part of a pattern; its hue stays
+_STRIPE_PERIOD, _DOT_PERIOD, _CHECK_PERIOD = 0.46, 0.4, 0.56
+_DOT_RADIUS = 0.12
+_GRAIN = 14.0  # grey levels
+_DOODLE_OPACITY = 0.5
 
 
 def render(scenes: Scenes, image_size: int = 224) -> Tensor:
@@ -21,35 +36,116 @@ def render(scenes: Scenes, image_size: int = 224) -> Tensor:
     Returns:
         [B, 3, image_size, image_size] uint8, RGB.
     """
-    batch, device = len(scenes), scenes.count.device
+    draw = _draw_cluttered if DOMAINS[scenes.domain].is_cluttered else _draw_plain
+    return draw(scenes, image_size).round().clamp(0, 255).to(torch.uint8)
+
+
+class _Patches(NamedTuple):
+    """Square patches around K objects of each scene."""
+
+    u: Tensor  # [B, K, P, P] pixels in the object's own frame, in radii of its bounding circle
+    v: Tensor
+    position: Tensor  # [B, K, P^2] the pixels' indices into the flattened image
+    radius: Tensor  # [B, K, 1, 1] of the bounding circle in pixels
+
+
+def _cut_patches(objects: Outline, image_size: int) -> _Patches:
     pixels_per_unit = image_size / UNIT
     patch = 2 * math.ceil(MAX_RADIUS * pixels_per_unit + 1) + 1
-    centre = torch.stack((scenes.x, scenes.y), dim=-1)  # [B, 8, 2]
-    # Objects lie inside the image, so a patch pushed back inside still covers its object.
+    centre = torch.stack((objects.x, objects.y), dim=-1)  # [B, K, 2]
+    # Centres lie inside the image, so a patch pushed back inside still covers all that is seen of its object.
     corner = (centre * image_size // UNIT - patch // 2).clamp(0, image_size - patch)
-    steps = torch.arange(patch, device=device)
-    pixel = corner[..., None] + steps  # [B, 8, 2, patch], x then y
+    pixel = corner[..., None] + torch.arange(patch, device=centre.device)  # [B, K, 2, P], x then y
 
     offset = pixel + 0.5 - (centre * pixels_per_unit)[..., None]  # pixels from the centre
-    radius = scenes.radius * pixels_per_unit  # [B, 8]
+    radius = objects.radius * pixels_per_unit  # [B, K]
     offset = offset / radius[..., None, None]
-    u, v = offset[:, :, 0, None, :], offset[:, :, 1, :, None]  # [B, 8, 1, patch], [B, 8, patch, 1]
-    angle = (scenes.angle * (2 * math.pi / UNIT))[..., None, None]
+    x, y = offset[:, :, 0, None, :], offset[:, :, 1, :, None]  # [B, K, 1, P], [B, K, P, 1]
+    angle = (objects.angle * (2 * math.pi / UNIT))[..., None, None]
     cos, sin = angle.cos(), angle.sin()
-    distance = _signed_distance(cos * u + sin * v, cos * v - sin * u, scenes.shape[..., None, None])
-    alpha = (0.5 - distance * radius[..., None, None]).clamp(0, 1)  # one pixel of anti-aliasing
-    alpha = (alpha * scenes.present[..., None, None]).flatten(2)  # [B, 8, patch^2]
+    position = pixel[:, :, 1, :, None] * image_size + pixel[:, :, 0, None, :]
+    return _Patches(cos * x + sin * y, cos * y - sin * x, position.flatten(2), radius[..., None, None])
+
+
+def _draw_plain(scenes: Scenes, image_size: int) -> Tensor:
+    """Draw objects that keep apart: [B, 3, H, W] float, 0..255."""
+    patches = _cut_patches(scenes.outlines, image_size)
+    distance = shape_distance(patches.u, patches.v, scenes.shape[..., None, None])
+    alpha = (0.5 - distance * patches.radius).clamp(0, 1)  # one pixel of anti-aliasing
+    alpha = (alpha * scenes.present[..., None, None]).flatten(2)  # [B, 8, P^2]
 
     # Bounding circles are disjoint: at most one object is added to a pixel, so the order of additions does not matter.
-    position = (pixel[:, :, 1, :, None] * image_size + pixel[:, :, 0, None, :]).view(batch, 1, -1)
     rgb = scenes.rgb.to(alpha.dtype)
     layers = [alpha.flatten(1)] + [(alpha * rgb[:, :, channel, None]).flatten(1) for channel in range(3)]
-    painted = torch.zeros(batch, 4, image_size**2, device=device, dtype=alpha.dtype)
-    painted.scatter_add_(2, position.expand(-1, 4, -1), torch.stack(layers, dim=1))
-    painted = painted.view(batch, 4, image_size, image_size)
+    painted = torch.zeros(len(scenes), 4, image_size**2, device=alpha.device, dtype=alpha.dtype)
+    painted.scatter_add_(2, patches.position.flatten(1)[:, None].expand(-1, 4, -1), torch.stack(layers, dim=1))
+    painted = painted.view(-1, 4, image_size, image_size)
+    return _draw_background(scenes, image_size) * (1 - painted[:, :1]) + painted[:, 1:]
 
-    image = _draw_background(scenes, image_size) * (1 - painted[:, :1]) + painted[:, 1:]
-    return image.round().clamp(0, 255).to(torch.uint8)
+
+def _draw_cluttered(scenes: Scenes, image_size: int) -> Tensor:
+    """Draw doodles, then objects from the hindmost to the foremost, and expose the image: [B, 3, H, W] float."""
+    background = _draw_background(scenes, image_size)
+    grain = scenes.grain[:, None].float() / 255 - 0.5
+    grain = F.interpolate(grain, size=(image_size, image_size), mode="bilinear", align_corners=True)
+    canvas = (background + 2 * _GRAIN * grain).flatten(2)  # [B, 3, HW]
+
+    *doodles, grey = scenes.doodles.unbind(dim=-1)
+    number = len(grey[0])
+    both = Outline(*(torch.cat(pair, dim=1) for pair in zip(doodles, scenes.outlines, strict=True)))
+    patches = _cut_patches(both, image_size)
+    distance = _table_distance(both.form.clamp(min=0), patches.u, patches.v) * patches.radius  # pixels
+    alpha = (0.5 - distance).clamp(0, 1)
+    with_contour = (0.5 + _CONTOUR * image_size / UNIT - distance).clamp(0, 1)[:, number:]
+    doodle_alpha = _DOODLE_OPACITY * alpha[:, :number].flatten(2)
+    object_alpha = (with_contour * scenes.present[..., None, None]).flatten(2)
+    tone = 1 - _PATTERN_DARKENING * _pattern(scenes.texture, _Patches(*(values[:, number:] for values in patches)))
+    fill = scenes.rgb[..., None].float() * tone.flatten(2)[:, :, None]  # [B, 8, 3, P^2]
+    rgb = _CONTOUR_GREY + (fill - _CONTOUR_GREY) * alpha[:, number:].flatten(2)[:, :, None]
+
+    for item in range(both.form.shape[1]):
+        position = patches.position[:, item, None].expand(-1, 3, -1)
+        below = canvas.gather(2, position)
+        if item < number:
+            color, opacity = grey[:, item, None, None].float(), doodle_alpha[:, item, None]
+        else:
+            color, opacity = rgb[:, item - number], object_alpha[:, item - number, None]
+        canvas = canvas.scatter(2, position, below + opacity * (color - below))
+
+    gain, amplitude, key = scenes.exposure[..., None].unbind(dim=1)  # [B, 1] each
+    words = mix_bits(key ^ mix_bits(torch.arange(image_size**2, device=key.device)))  # [B, HW]
+    noise = torch.stack([(words >> shift & 255).float() / 127.5 - 1 for shift in (0, 8, 16)], dim=1)
+    canvas = canvas * (gain / 100)[:, None] + noise * amplitude[:, None]
+    return canvas.view(-1, 3, image_size, image_size)
+
+
+def _table_distance(form: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Look the distance of forms [B, K] up at points [B, K, P, P], in radii of the bounding circle."""
+    tables = distance_tables(form.device)[form].flatten(0, 1)[:, None]  # [B * K, 1, 65, 65]
+    grid = (torch.stack((u, v), dim=-1) / TABLE_REACH).flatten(0, 1)
+    return F.grid_sample(tables, grid, padding_mode="border", align_corners=True).view_as(u)
+
+
+def _pattern(texture: Tensor, patches: _Patches) -> Tensor:
+    """Darkness of the patterns [B, 8] at each pixel: [B, 8, P, P], 0 light .. 1 dark, anti-aliased."""
+    u, v, radius = patches.u, patches.v, patches.radius
+
+    def wave(t: Tensor, period: float) -> Tensor:
+        """Half of each period is dark."""
+        phase = (t / period - torch.floor(t / period) - 0.5).abs() - 0.25
+        return (0.5 + phase * (period * radius)).clamp(0, 1)
+
+    across, down = wave(u, _CHECK_PERIOD), wave(v, _CHECK_PERIOD)
+    dot_u, dot_v = (((t / _DOT_PERIOD) - torch.floor(t / _DOT_PERIOD) - 0.5) * _DOT_PERIOD for t in (u, v))
+    patterns = {
+        "striped": wave((u + v) / math.sqrt(2), _STRIPE_PERIOD),
+        "dotted": (0.5 + (_DOT_RADIUS - torch.sqrt(dot_u**2 + dot_v**2)) * radius).clamp(0, 1),
+        "checked": across + down - 2 * across * down,
+    }
+    result = torch.zeros_like(u)
+    for name, darkness in patterns.items():
+        result = torch.where(texture[..., None, None] == TEXTURES.index(name), darkness, result)
+    return result
 
 
 def _draw_background(scenes: Scenes, image_size: int) -> Tensor:
@@ -63,45 +159,3 @@ def _draw_background(scenes: Scenes, image_size: int) -> Tensor:
     blend = ramp * (kind == BACKGROUNDS.index("gradient")) + noise * (kind == BACKGROUNDS.index("noise"))
     start, end = scenes.background_rgb.float()[..., None, None].unbind(dim=1)  # [B, 3, 1, 1]
     return start + (end - start) * blend[:, None]
-
-
-def _signed_distance(u: Tensor, v: Tensor, shape: Tensor) -> Tensor:
-    """Distance to the outline, negative inside, for points in units of the bounding circle's radius.
-
-    Args:
-        u: [B, 8, P, P] point in the object's own frame.
-        v: [B, 8, P, P], its second coordinate; the tips of triangle and star point to positive v.
-        shape: [B, 8, 1, 1] index into SHAPES.
-    """
-    radius = torch.sqrt(u * u + v * v)
-    abs_u, abs_v = u.abs(), v.abs()
-    longer, shorter = torch.maximum(abs_u, abs_v), torch.minimum(abs_u, abs_v)
-
-    # Star: fold the plane into one of ten half-sectors; the outline there is the line from tip to notch.
-    sector = torch.atan2(abs_u, v)  # 0 .. pi from the upward tip
-    folded = (sector - (2 * math.pi / 5) * torch.round(sector / (2 * math.pi / 5))).abs()
-    notch_u, notch_v = 0.42 * math.sin(math.pi / 5), 0.42 * math.cos(math.pi / 5)
-    length = math.hypot(notch_u, 0.98 - notch_v)
-    star = (radius * folded.sin() * (0.98 - notch_v) + (radius * folded.cos() - 0.98) * notch_u) / length
-
-    # Heart: a square and a disc on each of two neighbouring sides, shifted so that the whole fits the circle.
-    side, shift = 0.53, 0.28 * 0.53
-    p, q = u + shift, v + shift
-    box = torch.maximum(p.abs(), q.abs()) - side
-    disc_p = torch.sqrt((p - side) ** 2 + q * q) - side
-    disc_q = torch.sqrt(p * p + (q - side) ** 2) - side
-
-    distances = {
-        "circle": radius - 0.9,
-        "square": longer - 0.7,
-        "triangle": torch.maximum(0.5 * math.sqrt(3) * abs_u + 0.5 * v, -v) - 0.49,
-        "star": star,
-        "cross": torch.maximum(longer - 0.94, shorter - 0.3),
-        "ring": (radius - 0.74).abs() - 0.22,
-        "heart": torch.minimum(box, torch.minimum(disc_p, disc_q)),
-        "moon": torch.maximum(radius - 0.96, 0.78 - torch.sqrt((u - 0.46) ** 2 + v * v)),
-    }
-    result = distances[SHAPES[0]]
-    for index, name in enumerate(SHAPES[1:], start=1):
-        result = torch.where(shape == index, distances[name], result)
-    return result

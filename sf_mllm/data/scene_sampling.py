@@ -1,4 +1,4 @@
-"""Procedural scenes: coloured shapes on a background, as integer attributes that are the same on every device.
+"""Procedural scenes: coloured objects on a background, as integer attributes that are the same on every device.
 
 Every random number is a hash of (seed, stream, scene index), so scene i of a seed does not depend on batch size, order
 or device. All geometry is in integers of 1/4096 of the image side: comparisons are exact, only pixels are rounded.
@@ -7,32 +7,37 @@ or device. All geometry is in integers of 1/4096 of the image side: comparisons 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from sf_mllm.data.scene_domains import (
+    BACKGROUNDS,
+    COLORS,
+    DOMAINS,
+    GLYPHS,
+    MAX_OBJECTS,
+    MAX_RADIUS,
+    PLACES,  # noqa: F401
+    RADIUS_JITTER_PERCENT,
+    SHAPES,
+    SIZES,  # noqa: F401
+    UNIT,
+)
+from sf_mllm.data.scene_draws import LARGEST_WORD, Draws, constant
+from sf_mllm.data.scene_glyphs import DOODLES
+from sf_mllm.data.scene_overlap import Outline, hidden_shares
+from sf_mllm.data.scene_placement import place_objects
 from sf_mllm.errors import InputError
 
-COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
-SIZES = ("small", "medium", "large")
-PLACES = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
-"""Cells of a 3x3 grid in reading order; place // 3 is the row, place % 3 the column."""
-
-MAX_OBJECTS = 8
-UNIT = 4096
-"""Length of the image side in scene units."""
 ABSENT = -1
 """Attribute value in the slots behind the last object."""
-BACKGROUNDS = ("plain", "gradient", "noise")
 NOISE_CELLS = 5
 """Side of the random grid that the noise background is interpolated from."""
-
-RADII = (246, 369, 532)  # bounding circle of small, medium, large: 0.06, 0.09 and 0.13 of the image side
-RADIUS_JITTER_PERCENT = 6
-MAX_RADIUS = RADII[-1] * (100 + RADIUS_JITTER_PERCENT) // 100
+GRAIN_CELLS = 28
+"""Side of the finer grid that adds grain to a cluttered background."""
+MAX_DOODLES = 10
 RELATION_MARGIN = UNIT // 10
 """Two centres count as left/right or above/below of each other only when they differ by at least this much."""
 
@@ -47,12 +52,8 @@ _COLOR_RGB = (
     (250, 125, 190),
 )
 _TINT = 14  # largest deviation of an object's channel from its colour
-_GAP = 41  # free space between two bounding circles
-_BORDER = 20  # free space between a bounding circle and the image edge
-_CELL_BAND = 61  # centres keep this far from the borders of the 3x3 cells, so that a place is never ambiguous
-_CANDIDATES_PER_SIZE = 12
-_WORD = 0xFFFFFFFF
-_WORDS_AT_ONCE = 256
+_TILT = 228  # largest rotation of glyphs and crosses in cluttered scenes, 20 degrees: a turned cross is an x
+_GLYPH_SHARE = (5, 8)  # of the objects in cluttered scenes
 
 
 @dataclass
@@ -63,10 +64,11 @@ class ScenesConfig:
     min_objects: int = 1  # 1 .. max_objects
     max_objects: int = MAX_OBJECTS  # min_objects .. 8
     image_size: int = 224  # pixels, at least 32
+    domain: str = "plain"  # one of DOMAINS
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed <= _WORD:
-            raise InputError(f"Scene seed {self.seed} is out of range; give a whole number from 0 to {_WORD}.")
+        if not 0 <= self.seed <= LARGEST_WORD:
+            raise InputError(f"Scene seed {self.seed} is out of range; give a whole number from 0 to {LARGEST_WORD}.")
         if not 1 <= self.min_objects <= self.max_objects <= MAX_OBJECTS:
             raise InputError(
                 f"Scenes with {self.min_objects} to {self.max_objects} objects cannot be made; "
@@ -74,25 +76,38 @@ class ScenesConfig:
             )
         if self.image_size < 32:
             raise InputError(f"Scene image_size {self.image_size} is too small; give at least 32 pixels.")
+        if self.domain not in DOMAINS:
+            raise InputError(f"Scene domain '{self.domain}' is unknown; choose one of: {', '.join(DOMAINS)}.")
 
 
 @dataclass
 class Scenes:
-    """A batch of scenes; the tensors live on one device. Slots behind the last object hold `ABSENT` attributes."""
+    """A batch of scenes of one domain; the tensors live on one device.
+
+    Slots behind the last object hold `ABSENT` attributes. `hidden` follows from the other fields: `update_hidden` after
+    an edit of shape or geometry.
+    """
 
     count: Tensor  # [B] objects in the scene
-    size: Tensor  # [B, 8] index into SIZES
+    size: Tensor  # [B, 8] index into the domain's sizes
     color: Tensor  # [B, 8] index into COLORS
-    shape: Tensor  # [B, 8] index into SHAPES
+    shape: Tensor  # [B, 8] index into the domain's shapes
+    texture: Tensor  # [B, 8] index into TEXTURES
     x: Tensor  # [B, 8] centre, 0 left edge .. UNIT right edge
     y: Tensor  # [B, 8] centre, 0 top edge .. UNIT bottom edge
     radius: Tensor  # [B, 8] of the bounding circle
     angle: Tensor  # [B, 8] rotation, UNIT is a full turn
     tint: Tensor  # [B, 8, 3] added to the colour's RGB
+    hidden: Tensor  # [B, 8, 8] thousandths of the second object that the first one hides; later slots lie in front
     background: Tensor  # [B] index into BACKGROUNDS
     background_rgb: Tensor  # [B, 2, 3] 0..255, the two ends of the gradient or noise
     background_angle: Tensor  # [B] direction of the gradient, UNIT is a full turn
     background_noise: Tensor  # [B, NOISE_CELLS, NOISE_CELLS] 0..255
+    # Of cluttered domains only; the second axis of the first two is empty in others.
+    doodles: Tensor  # [B, MAX_DOODLES, 6] form, x, y, radius, angle, grey level of background strokes
+    grain: Tensor  # [B, GRAIN_CELLS, GRAIN_CELLS] 0..255, added to the background
+    exposure: Tensor  # [B, 3] gain in percent, amplitude of the pixel noise in grey levels, key of the pixel noise
+    domain: str = "plain"
 
     def __len__(self) -> int:
         return len(self.count)
@@ -114,6 +129,17 @@ class Scenes:
         base = constant(_COLOR_RGB, self.color.device)[self.color.clamp(min=0)]
         return (base + self.tint).clamp(0, 255)
 
+    @property
+    def outlines(self) -> Outline:
+        """Geometry of the objects, [B, 8] each."""
+        return Outline(self.shape, self.x, self.y, self.radius, self.angle)
+
+    def update_hidden(self) -> "Scenes":
+        """Return the scenes with `hidden` computed anew; in a domain without overlap nothing is hidden."""
+        if not DOMAINS[self.domain].is_cluttered:
+            return self
+        return dataclasses.replace(self, hidden=hidden_shares(self.outlines, self.present))
+
     def to(self, device: str | torch.device) -> "Scenes":
         """Return the scenes on another device."""
         return self._map(lambda tensor: tensor.to(device))
@@ -123,22 +149,23 @@ class Scenes:
         return self._map(lambda tensor: tensor[index])
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Scenes":
-        return Scenes(**{field.name: function(getattr(self, field.name)) for field in dataclasses.fields(self)})
+        changed: dict[str, Any] = {name: function(value) for name, value in tensor_fields(self).items()}
+        return dataclasses.replace(self, **changed)
 
 
 BatchT = TypeVar("BatchT")
 
 
+def tensor_fields(batch: object) -> dict[str, Any]:
+    """Return the tensors of scenes or captions by field name; the other fields are the same for the whole batch."""
+    return {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+
+
 def concatenate(parts: Sequence[BatchT]) -> BatchT:
-    """Join batches of scenes, or of captions, along the batch axis; all fields are tensors."""
-    names = [field.name for field in dataclasses.fields(parts[0])]  # type: ignore[arg-type]
-    return type(parts[0])(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
-
-
-@lru_cache(maxsize=128)
-def constant(values: tuple, device: torch.device) -> Tensor:
-    """Return a tensor of fixed values, copied to a device once: a copy in each step would make the GPU wait."""
-    return torch.tensor(values, device=device)
+    """Join batches of scenes, or of captions, of one domain along the batch axis."""
+    tensors = [tensor_fields(part) for part in parts]
+    joined = {name: torch.cat([part[name] for part in tensors]) for name in tensors[0]}
+    return dataclasses.replace(parts[0], **joined)  # type: ignore[type-var]
 
 
 def sample_scenes(indices: Tensor, config: ScenesConfig) -> Scenes:
@@ -146,16 +173,31 @@ def sample_scenes(indices: Tensor, config: ScenesConfig) -> Scenes:
 
     Args:
         indices: [B] int64, 0 .. 2**32 - 1.
-        config: seed and number of objects; `image_size` plays no part.
+        config: seed, domain and number of objects; `image_size` plays no part.
     """
+    domain = DOMAINS[config.domain]
     draws = Draws(config.seed, indices)
     wanted = config.min_objects + draws.integers(1, config.max_objects - config.min_objects + 1)[:, 0]  # [B]
     color = _draw_attribute(draws, len(COLORS))
     shape = _draw_attribute(draws, len(SHAPES))
-    size = draws.integers(MAX_OBJECTS, len(SIZES))
+    if len(domain.shapes) > len(SHAPES):
+        glyph = len(SHAPES) + _draw_attribute(draws, len(GLYPHS))
+        shape = torch.where(draws.integers(MAX_OBJECTS, _GLYPH_SHARE[1]) < _GLYPH_SHARE[0], glyph, shape)
+    size = draws.integers(MAX_OBJECTS, len(domain.sizes))
     jitter_percent = 100 - RADIUS_JITTER_PERCENT + draws.integers(MAX_OBJECTS, 2 * RADIUS_JITTER_PERCENT + 1)
-    size, radius, x, y, placed = _place_objects(draws, size, jitter_percent, wanted)
-    angle = draws.integers(MAX_OBJECTS, UNIT)
+    is_cluttered = domain.is_cluttered
+    angle = _draw_tilted(draws, shape) if is_cluttered else torch.zeros_like(shape)
+    size, radius, x, y, placed = place_objects(draws, domain, size, jitter_percent, wanted, shape, angle)
+    # An object that found no room is left out: bring the placed ones to the front, in their order.
+    order = placed.logical_not().to(torch.int8).argsort(dim=1, stable=True)
+    count = placed.sum(dim=1)
+    present = torch.arange(MAX_OBJECTS, device=indices.device) < count[:, None]
+
+    def pack(values: Tensor, empty: int) -> Tensor:
+        return torch.where(present, values.gather(1, order), empty)
+
+    size, color, shape = pack(size, ABSENT), pack(color, ABSENT), pack(shape, ABSENT)
+    angle = pack(angle, 0) if is_cluttered else draws.integers(MAX_OBJECTS, UNIT)
     tint = draws.integers(MAX_OBJECTS * 3, 2 * _TINT + 1).view(-1, MAX_OBJECTS, 3) - _TINT
 
     background = draws.integers(1, len(BACKGROUNDS))[:, 0]
@@ -165,82 +207,47 @@ def sample_scenes(indices: Tensor, config: ScenesConfig) -> Scenes:
     background_angle = draws.integers(1, UNIT)[:, 0]
     background_noise = draws.integers(NOISE_CELLS**2, 256).view(-1, NOISE_CELLS, NOISE_CELLS)
 
-    # An object that found no room is left out: bring the placed ones to the front, in their order.
-    order = placed.logical_not().to(torch.int8).argsort(dim=1, stable=True)
-    count = placed.sum(dim=1)
-    present = torch.arange(MAX_OBJECTS, device=indices.device) < count[:, None]
-
-    def pack(values: Tensor, empty: int) -> Tensor:
-        return torch.where(present, values.gather(1, order), empty)
-
-    return Scenes(
+    texture = _draw_attribute(draws, len(domain.textures)) if is_cluttered else torch.zeros_like(shape)
+    texture = torch.where(shows_texture(size, shape), texture, 0)
+    empty = indices[:, None][:, :0]  # [B, 0]
+    scenes = Scenes(
         count=count,
-        size=pack(size, ABSENT),
-        color=pack(color, ABSENT),
-        shape=pack(shape, ABSENT),
+        size=size,
+        color=color,
+        shape=shape,
+        texture=torch.where(present, texture, ABSENT),
         x=pack(x, 0),
         y=pack(y, 0),
         radius=pack(radius, 1),
         angle=angle,
         tint=tint,
+        hidden=torch.zeros_like(count)[:, None, None].repeat(1, MAX_OBJECTS, MAX_OBJECTS),
         background=background,
         background_rgb=background_rgb,
         background_angle=background_angle,
         background_noise=background_noise,
+        doodles=_draw_doodles(draws) if is_cluttered else empty[..., None].expand(-1, -1, 6),
+        grain=draws.integers(GRAIN_CELLS**2, 256).view(-1, GRAIN_CELLS, GRAIN_CELLS)
+        if is_cluttered
+        else empty[..., None],
+        exposure=_draw_exposure(draws) if is_cluttered else empty,
+        domain=config.domain,
     )
+    return scenes.update_hidden()
 
 
-class Draws:
-    """Random integers for each scene index; each request uses streams of its own."""
+def shows_texture(size: Tensor, shape: Tensor) -> Tensor:
+    """Tell where a pattern could be seen in a cluttered domain: not on tiny objects, nor on small glyphs.
 
-    def __init__(self, seed: int, indices: Tensor) -> None:
-        self._seed = seed
-        self._indices = indices[:, None].to(torch.int64)
-        self._next_stream = 0
-        self._ready = self._indices[:, :0]  # words made but not yet handed out: few large requests are quicker
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the scene indices, on which all numbers are drawn."""
-        return self._indices.device
-
-    def words(self, count: int) -> Tensor:
-        """Return the next `count` 32-bit words of each scene: [B, count] int64, 0 .. 2**32 - 1."""
-        if self._ready.shape[1] < count:
-            number = max(count, _WORDS_AT_ONCE)
-            streams = torch.arange(self._next_stream, self._next_stream + number, device=self.device)
-            self._next_stream += number
-            # The seed enters each stream separately: two seeds cannot give the same scenes under shifted indices.
-            keys = _mix(_mix(streams + 0x9E3779B9) ^ _mix(self._seed))
-            self._ready = torch.cat((self._ready, _mix(_mix(keys ^ self._indices))), dim=1)
-        words, self._ready = self._ready[:, :count], self._ready[:, count:]
-        return words
-
-    def integers(self, count: int, bound: int) -> Tensor:
-        """Return [B, count] integers from 0 to bound - 1; `bound` is far below 2**31."""
-        return (self.words(count) * bound) >> 32
-
-    def uniform(self, count: int) -> Tensor:
-        """Return [B, count] float32 in [0, 1), multiples of 2**-24 and so the same on every device."""
-        return (self.words(count) >> 8).to(torch.float32) * 2.0**-24
-
-
-WordT = TypeVar("WordT", int, Tensor)
-
-
-def _mix(words: WordT) -> WordT:
-    """Scramble 32-bit words held in int64; one-to-one.
-
-    Source: constants of Chris Wellons' hash-prospector (public domain), both below 2**31, so no product overflows.
+    Args:
+        size: index into the sizes of a cluttered domain.
+        shape: index into its shapes, of the same size.
     """
-    words = words & _WORD
-    words = ((words ^ (words >> 16)) * 0x21F0AAAD) & _WORD
-    words = ((words ^ (words >> 15)) * 0x735A2D97) & _WORD
-    return words ^ (words >> 15)
+    return size > (shape >= len(SHAPES)).long()
 
 
 def _draw_attribute(draws: Draws, values: int) -> Tensor:
-    """Draw an attribute with 8 values for each slot: [B, 8].
+    """Draw an attribute with an even number of values for each slot: [B, 8].
 
     Two scenes in five use only two or three values, so that "how many red objects" has answers above one.
     """
@@ -251,42 +258,20 @@ def _draw_attribute(draws: Draws, values: int) -> Tensor:
     return (first + step * choice) % values
 
 
-def _place_objects(
-    draws: Draws, size: Tensor, jitter_percent: Tensor, wanted: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Put objects one after the other where they overlap no earlier one.
-
-    Each object tries a list of places in its own size, then smaller ones. Returns size, radius, x, y [B, 8] and a mask
-    of the objects that found room.
-    """
-    candidates = len(SIZES) * _CANDIDATES_PER_SIZE
-    shrink = torch.arange(candidates, device=size.device) // _CANDIDATES_PER_SIZE  # 0 0 .. 1 1 .. 2 2
-    sizes = (size[:, :, None] - shrink).clamp(min=0)  # [B, 8, K]
-    radii = constant(RADII, size.device)[sizes] * jitter_percent[:, :, None] // 100
-    xs = _spread(draws.words(MAX_OBJECTS * candidates).view_as(radii), radii)
-    ys = _spread(draws.words(MAX_OBJECTS * candidates).view_as(radii), radii)
-
-    chosen = [torch.empty_like(size) for _ in range(4)]
-    out_size, out_radius, out_x, out_y = chosen
-    placed = torch.zeros_like(size, dtype=torch.bool)
-    for slot in range(MAX_OBJECTS):
-        x, y, radius = xs[:, slot], ys[:, slot], radii[:, slot]  # [B, K]
-        distance = (x[:, :, None] - out_x[:, None, :slot]) ** 2 + (y[:, :, None] - out_y[:, None, :slot]) ** 2
-        needed = (radius[:, :, None] + out_radius[:, None, :slot] + _GAP) ** 2
-        is_free = ((distance >= needed) | ~placed[:, None, :slot]).all(dim=2)  # [B, K]
-        best = is_free.to(torch.int8).argmax(dim=1, keepdim=True)  # the first free one
-        placed[:, slot] = is_free.any(dim=1) & (slot < wanted)
-        for target, values in zip(chosen, (sizes[:, slot], radius, x, y), strict=True):
-            target[:, slot] = values.gather(1, best)[:, 0]
-    return out_size, out_radius, out_x, out_y, placed
+def _draw_tilted(draws: Draws, shape: Tensor) -> Tensor:
+    """Draw angles: glyphs and crosses stand nearly upright, other shapes turn freely."""
+    is_upright = (shape >= len(SHAPES)) | (shape == SHAPES.index("cross"))
+    tilted = (draws.integers(MAX_OBJECTS, 2 * _TILT + 1) - _TILT) % UNIT
+    return torch.where(is_upright, tilted, draws.integers(MAX_OBJECTS, UNIT))
 
 
-def _spread(words: Tensor, radius: Tensor) -> Tensor:
-    """Turn 32-bit words into centre coordinates that keep clear of the image edges and of the 3x3 cell borders."""
-    low, third = radius + _BORDER, UNIT // 3
-    edge = third - _CELL_BAND - low  # usable length of the first and of the last cell
-    middle = third - 2 * _CELL_BAND
-    offset = (words * (2 * edge + middle)) >> 32
-    coordinate = low + offset
-    coordinate = torch.where(offset >= edge, coordinate + 2 * _CELL_BAND, coordinate)
-    return torch.where(offset >= edge + middle, coordinate + 2 * _CELL_BAND, coordinate)
+def _draw_doodles(draws: Draws) -> Tensor:
+    """Draw grey strokes anywhere in the image: [B, MAX_DOODLES, 6]."""
+    bounds = (len(DOODLES), UNIT, UNIT, MAX_RADIUS - 250, UNIT, 141)
+    form, x, y, radius, angle, grey = (draws.integers(MAX_DOODLES, bound) for bound in bounds)
+    return torch.stack((form + DOODLES.start, x, y, radius + 250, angle, grey + 60), dim=-1)
+
+
+def _draw_exposure(draws: Draws) -> Tensor:
+    """Draw gain 85..115 percent, noise amplitude 0..12 grey levels and the key of the noise: [B, 3]."""
+    return torch.cat((85 + draws.integers(1, 31), draws.integers(1, 13), draws.words(1)), dim=1)

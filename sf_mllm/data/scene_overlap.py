@@ -1,0 +1,95 @@
+"""How much of an object another one hides, counted in cells of the forms' occupancy tables: exact on every device."""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sf_mllm.data.scene_domains import MAX_OBJECTS, UNIT
+from sf_mllm.data.scene_glyphs import MASK_CELLS, form_masks
+
+CLEARLY_HIDDEN = 50
+"""Thousandths of an object that another one must hide to be in front of it beyond doubt."""
+MOST_HIDDEN = 350
+"""Thousandths of a shape that may be hidden; it is still known by the rest."""
+MOST_HIDDEN_GLYPH = 100
+"""The same for a digit or a letter, which often differs from another one by a single stroke."""
+
+_HALF_CELLS = MASK_CELLS // 2
+
+
+class Outline(NamedTuple):
+    """Geometry of objects; the tensors broadcast with each other."""
+
+    form: Tensor  # index into `scene_glyphs.FORMS`
+    x: Tensor  # centre in scene units
+    y: Tensor
+    radius: Tensor  # of the bounding circle
+    angle: Tensor  # UNIT is a full turn
+
+
+def hidden_share(back: Outline, front: Outline) -> Tensor:
+    """Return the thousandths of each back object that the front object hides, at least 1 where it hides any cell.
+
+    Args:
+        back: objects of shape [...].
+        front: objects of a shape that broadcasts with [...].
+    """
+    device = back.form.device
+    masks = form_masks(device).flatten()
+    cells = torch.arange(MASK_CELLS, device=device) * 2 + 1 - MASK_CELLS  # cell centres in 1/24 of the radius
+    across, down = cells.repeat(MASK_CELLS), cells.repeat_interleave(MASK_CELLS)  # [576]
+    is_filled = masks.view(-1, MASK_CELLS**2)[back.form]  # [..., 576]
+
+    def turn(outline: Outline) -> tuple[Tensor, Tensor]:
+        cosine, sine = cosines(device)[outline.angle], cosines(device)[(outline.angle - UNIT // 4) % UNIT]
+        return cosine[..., None], sine[..., None]
+
+    # Cells of the back object relative to the front one, in 1 / (24 * UNIT) of a scene unit.
+    cosine, sine = turn(back)
+    scale = MASK_CELLS * UNIT
+    dx = (back.x - front.x)[..., None] * scale + back.radius[..., None] * (cosine * across - sine * down)
+    dy = (back.y - front.y)[..., None] * scale + back.radius[..., None] * (sine * across + cosine * down)
+    cosine, sine = turn(front)
+    size = 2 * UNIT * UNIT  # a cell of the front object, in these units times UNIT, for a radius of one
+    column = (cosine * dx + sine * dy) // (size * front.radius[..., None]) + _HALF_CELLS
+    row = (cosine * dy - sine * dx) // (size * front.radius[..., None]) + _HALF_CELLS
+    is_inside = (column >= 0) & (column < MASK_CELLS) & (row >= 0) & (row < MASK_CELLS)
+    position = (front.form[..., None] * MASK_CELLS + row.clamp(0, MASK_CELLS - 1)) * MASK_CELLS
+    is_hidden = masks[position + column.clamp(0, MASK_CELLS - 1)] & is_inside & is_filled
+    filled = is_filled.sum(dim=-1)
+    return (is_hidden.sum(dim=-1) * 1000 + filled - 1) // filled  # rounded up
+
+
+def hidden_shares(objects: Outline, present: Tensor) -> Tensor:
+    """Compare all objects of scenes; those in later slots lie in front.
+
+    Args:
+        objects: tensors [B, 8].
+        present: [B, 8], slots that hold an object.
+
+    Returns:
+        [B, 8, 8]: thousandths of the second object that the first one hides.
+    """
+    objects = objects._replace(form=objects.form.clamp(min=0))
+    result = present.new_zeros(len(present), MAX_OBJECTS, MAX_OBJECTS, dtype=torch.int64)
+    for slot in range(MAX_OBJECTS - 1):
+        back = Outline(*(values[:, slot, None] for values in objects))
+        front = Outline(*(values[:, slot + 1 :] for values in objects))
+        both = present[:, slot, None] & present[:, slot + 1 :]
+        result[:, slot + 1 :, slot] = torch.where(both, hidden_share(back, front), 0)
+    return result
+
+
+def most_hidden(shape: Tensor, shapes: int) -> Tensor:
+    """Return the thousandths that may be hidden of objects with these shapes; the first `shapes` are no glyphs."""
+    return torch.where(shape < shapes, MOST_HIDDEN, MOST_HIDDEN_GLYPH)
+
+
+@lru_cache(maxsize=8)
+def cosines(device: torch.device) -> Tensor:
+    """Cosine of each angle 0 .. UNIT - 1, times UNIT, rounded: [UNIT] int64."""
+    angle = torch.arange(UNIT, dtype=torch.float64) * (2 * math.pi / UNIT)
+    return (angle.cos() * UNIT).round().to(device, torch.int64)
