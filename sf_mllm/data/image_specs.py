@@ -41,8 +41,8 @@ def open_images(specs: Sequence[str], image_column: str | None = None) -> ImageS
         return sources[0] if len(sources) == 1 else JoinedImages(sources)
     if len(shards) < len(found):
         raise InputError(
-            f"data.images mixes tar shards with other forms ({', '.join(specs)}), but shards can only be read from front "
-            "to back; give shards only, or none."
+            f"data.images mixes tar shards with other forms ({', '.join(specs)}), but shards can only be read from "
+            "front to back; give shards only, or none."
         )
     return TarShards([url for part in shards for url in part.urls], shards[0].image_extension)
 

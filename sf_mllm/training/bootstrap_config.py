@@ -45,9 +45,10 @@ class DataConfig:
     """Unlabelled images and how they are cut."""
 
     images: Any = MISSING
-    """One description or a list of them: a folder, read with its subfolders; "scenes", the built-in drawings; parquet or
-    arrow files (also *.parquet or their folder), a folder of save_to_disk, hf:OWNER/NAME[:split]; or tar shards of the
-    WebDataset layout (/data/{000..099}.tar, /data/*.tar, pipe:COMMAND, https://...), which do not mix with the others."""
+    """One description or a list of them: a folder, read with its subfolders; "scenes", the built-in drawings; parquet
+    or arrow files (also *.parquet or their folder), a folder of save_to_disk, hf:OWNER/NAME[:split]; or tar shards of
+    the WebDataset layout (/data/{000..099}.tar, /data/*.tar, pipe:COMMAND, https://...), which mix with nothing else.
+    """
     image_column: str | None = None
     """Column of a table, or extension in a tar sample, that holds the images; null where there is only one."""
     held_out_images: Any = None
