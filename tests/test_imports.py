@@ -36,6 +36,8 @@ ONLY_IN = {
     "timm": {"training", "encoder/vit_timm.py"},
     "omegaconf": {"config.py", "training"},
     "accelerate": {"training"},
+    "datasets": {"data/image_specs.py", "data/image_sources.py"},
+    "webdataset": {"data/image_specs.py", "data/tar_shards.py"},
 }
 ENTRY_POINTS = ("sf_mllm.cli", "sf_mllm.training.bootstrap", "sf_mllm.training.instruct", "sf_mllm.data.scenes")
 FILES = sorted(PACKAGE.rglob("*.py"))
