@@ -39,7 +39,13 @@ ONLY_IN = {
     "datasets": {"data/image_specs.py", "data/image_sources.py"},
     "webdataset": {"data/image_specs.py", "data/tar_shards.py"},
 }
-ENTRY_POINTS = ("sf_mllm.cli", "sf_mllm.training.bootstrap", "sf_mllm.training.instruct", "sf_mllm.data.scenes")
+ENTRY_POINTS = (
+    "sf_mllm.cli",
+    "sf_mllm.training.bootstrap",
+    "sf_mllm.training.reinforce",
+    "sf_mllm.training.instruct",
+    "sf_mllm.data.scenes",
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

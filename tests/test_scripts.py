@@ -172,7 +172,7 @@ def test_test_script_passes_its_arguments_from_any_directory(tmp_path):
     assert result.returncode == 0 and result.stdout.startswith("pytest "), result.stderr
 
 
-@pytest.mark.parametrize("script", ["bootstrap_clip.sh", "finetune_llava.sh"])
+@pytest.mark.parametrize("script", ["bootstrap_clip.sh", "reinforce.sh", "finetune_llava.sh"])
 def test_stage_scripts_pass_their_arguments_from_any_directory(tmp_path, script):
     arguments = "nothing.yaml train.max_steps=1"
     result = run_bash(f'bash "{ROOT}/scripts/{script}" {arguments}', cwd=tmp_path, SF_MLLM_PYTHON=sys.executable)

@@ -28,16 +28,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sf_mllm.data.augment import Crop, ImageKey
+from sf_mllm.data.augment import Crop, ImageKey, Resolution, cut, squeeze
 from sf_mllm.errors import InputError, first_line
 
 VERSION = 1
-HELD_OUT = "held-out"
-"""Name of the group of the held-out images; its file lists their keys, since they may come from another source."""
 DESCRIPTION_FILE = "store.json"
+_CHECKED_PARTS = ("crops", "embedding", "patches", "scales")
+_PARTS = ("index", "checksums", *_CHECKED_PARTS)
 
 
 def bytes_per_crop(embedding_size: int, width: int, grid: int) -> int:
@@ -79,6 +80,12 @@ def dequantise(patches: Tensor, scales: Tensor) -> Tensor:
     return (patches.float() * scales.float()[..., None]).permute(0, 3, 1, 2)
 
 
+def rounding_error(feature_map: Tensor, patches: Tensor, scales: Tensor) -> float:
+    """Return what `quantise(feature_map, grid)` lost by rounding: mean length of the error over that of the vector."""
+    exact = F.adaptive_avg_pool2d(feature_map.float(), patches.shape[1])
+    return ((dequantise(patches, scales) - exact).norm(dim=1) / exact.norm(dim=1)).mean().item()
+
+
 class TeacherStore:
     """Reads a complete store; open it with `TeacherStore.open`.
 
@@ -89,7 +96,6 @@ class TeacherStore:
         self.directory = directory
         self.description = description
         self._groups: dict[str, dict[str, Any]] = {}
-        self._held_out: dict[ImageKey, int] = {}
 
     @classmethod
     def open(cls, directory: str | Path) -> "TeacherStore":
@@ -118,6 +124,10 @@ class TeacherStore:
                 )
         return cls(directory, description)
 
+    def __str__(self) -> str:
+        content, layout = self.description["content"], self.description["layout"]
+        return f"{content['crops']} crops of {content['images']} images, at most {layout['store.grid']} patches a side"
+
     def refuse_other_origin(self, origin: dict[str, Any]) -> None:
         """Raise unless the store was made with what a run has.
 
@@ -135,7 +145,7 @@ class TeacherStore:
             )
 
     def read(self, key: ImageKey, epoch: int) -> tuple[Crop, dict[str, Tensor]]:
-        """Return one crop of a training image and what the teacher says about it.
+        """Return one crop of an image and what the teacher says about it.
 
         Args:
             key: of the image.
@@ -148,27 +158,17 @@ class TeacherStore:
         Raises:
             InputError: the store has nothing of this image, or what it has is damaged.
         """
-        return self._read(key.group, key.row, key, epoch)
-
-    def read_held_out(self, key: ImageKey) -> dict[str, Tensor]:
-        """Return what the teacher says about a held-out image; as `read`, without the crop, which is all of it."""
-        self._open_group(HELD_OUT)
-        return self._read(HELD_OUT, self._held_out.get(key, -1), key, epoch=0)[1]
-
-    def _read(self, group: str, row: int, key: ImageKey, epoch: int) -> tuple[Crop, dict[str, Tensor]]:
-        tensors = self._open_group(group)
-        place = int(tensors["index"][row]) if 0 <= row < tensors["index"].get_shape()[0] else -1
+        tensors = self._open_group(key.group)
+        place = int(tensors["index"][key.row]) if key.row < tensors["index"].get_shape()[0] else -1
         if place < 0:
             raise InputError(
                 f"The teacher store '{self.directory}' has no targets of image {key.row} in group '{key.group}'; it "
                 "could not be read when the store was made: make the store again, or remove the image."
             )
         crop_number = epoch % tensors["crops"].get_shape()[1]
-        parts = {
-            name: tensors[name][place, crop_number] for name in ("crops", "embedding", "patches", "scales", "checksums")
-        }
-        if int(parts.pop("checksums")) != checksum(key, crop_number, parts):
-            name = self.description["groups"][group]
+        parts = {part: tensors[part][place, crop_number] for part in _CHECKED_PARTS}
+        if int(tensors["checksums"][place, crop_number]) != checksum(key, crop_number, parts):
+            name = self.description["groups"][key.group]
             raise InputError(
                 f"The teacher store '{self.directory}' is damaged: the content of {name} is not what was "
                 "written; delete that file, and the command that made the store makes it again."
@@ -186,11 +186,8 @@ class TeacherStore:
                 )
             try:
                 file = safe_open(self.directory / name, framework="np")
-                if group == HELD_OUT:
-                    keys = json.loads(file.metadata()["keys"])
-                    self._held_out = {ImageKey(*key): row for row, key in enumerate(keys)}
-                self._groups[group] = {key: file.get_slice(key) for key in file.keys()}
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                self._groups[group] = {part: file.get_slice(part) for part in _PARTS}
+            except (OSError, SafetensorError) as error:
                 raise InputError(
                     f"The teacher store '{self.directory}' is damaged: {name} cannot be read ({first_line(error)}); "
                     "delete that file, and the command that made the store makes it again."
@@ -200,6 +197,28 @@ class TeacherStore:
     def __getstate__(self) -> dict[str, Any]:
         """Leave open files behind when a worker is spawned."""
         return {**self.__dict__, "_groups": {}}
+
+
+class StoredViews:
+    """Crops as a store has them, together with what the teacher says about them.
+
+    Args:
+        store: of the images.
+        color_jitter: as the crops were made with.
+    """
+
+    def __init__(self, store: TeacherStore, color_jitter: float) -> None:
+        self.store = store
+        self.color_jitter = color_jitter
+
+    def cut(self, image: Image.Image, key: ImageKey, epoch: int, resolution: Resolution) -> dict[str, Tensor]:
+        """Return {"pixel_values": [3, H, W], uint8} and the teacher's outputs, see `TeacherStore.read`."""
+        crop, targets = self.store.read(key, epoch)
+        return {"pixel_values": cut(image, crop, resolution, self.color_jitter), **targets}
+
+    def whole(self, image: Image.Image, key: ImageKey, resolution: Resolution) -> dict[str, Tensor]:
+        """Return {"pixel_values": [3, H, W], uint8}, the whole image, and the teacher's outputs."""
+        return {"pixel_values": squeeze(image, resolution), **self.store.read(key, epoch=0)[1]}
 
 
 def read_description(directory: Path) -> dict[str, Any] | None:
@@ -243,8 +262,8 @@ def count_groups(directory: Path, description: dict[str, Any]) -> int:
 def checksum(key: ImageKey, crop_number: int, parts: dict[str, np.ndarray]) -> int:
     """CRC-32 of one crop's targets, and of where they belong, so that no other crop's are taken for them."""
     value = zlib.crc32(f"{key.group}\n{key.row}\n{crop_number}".encode())
-    for name in ("crops", "embedding", "patches", "scales"):
-        value = zlib.crc32(parts[name].tobytes(), value)
+    for part in _CHECKED_PARTS:
+        value = zlib.crc32(parts[part].tobytes(), value)
     return value
 
 
@@ -255,8 +274,8 @@ def encode_crop(crop: Crop) -> list[int]:
 
 def decode_crop(numbers: np.ndarray) -> Crop:
     """Undo `encode_crop`."""
-    *box, flip, jitter = numbers.tolist()
-    return Crop(*box, bool(flip), None if jitter < 0 else jitter)
+    top, left, height, width, flip, jitter = numbers.tolist()
+    return Crop(top, left, height, width, bool(flip), None if jitter < 0 else jitter)
 
 
 def _how_to_make(directory: Path) -> str:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sf_mllm.config import write_text_atomically
 from sf_mllm.data.augment import Crop, ImageKey
+from sf_mllm.data.images import HELD_OUT
 from sf_mllm.data.teacher_store import (
     DESCRIPTION_FILE,
-    HELD_OUT,
     VERSION,
     checksum,
     describe_differences,
@@ -38,10 +38,12 @@ class StoreWriter:
         groups: names of all groups of training images, in order.
 
     Raises:
-        InputError: the directory holds a store of another origin or something that is no store.
+        InputError: the directory holds a store of another origin or layout, or something that is no store.
     """
 
-    def __init__(self, directory: str | Path, origin: dict[str, Any], groups: Sequence[str]) -> None:
+    def __init__(
+        self, directory: str | Path, origin: dict[str, Any], layout: dict[str, Any], groups: Sequence[str]
+    ) -> None:
         self.directory = Path(directory)
         files = {HELD_OUT: f"{HELD_OUT}.safetensors"}
         files |= {group: f"groups/{number:06d}.safetensors" for number, group in enumerate(groups)}
@@ -51,11 +53,11 @@ class StoreWriter:
                 raise InputError(
                     f"'{self.directory}' holds something that is no teacher store; name another directory."
                 )
-            description = {"version": VERSION, "origin": origin, "groups": files}
+            description = {"version": VERSION, "origin": origin, "layout": layout, "groups": files}
             write_text_atomically(self.directory / DESCRIPTION_FILE, _to_json(description))
-        elif differences := describe_differences(description["origin"], origin):
+        elif differences := describe_differences(description["origin"] | description["layout"], origin | layout):
             raise InputError(
-                f"'{self.directory}' holds a teacher store of another origin: {differences}; name another directory."
+                f"'{self.directory}' holds a teacher store of another kind: {differences}; name another directory."
             )
         self.description = description
         sizes = description.get("files", {})
@@ -80,8 +82,8 @@ class StoreWriter:
         scales: Tensor,
         *,
         num_unreadable: int,
-    ) -> None:
-        """Write one group, atomically.
+    ) -> int:
+        """Write one group, atomically; return the size of its file.
 
         Args:
             group: its name.
@@ -103,14 +105,9 @@ class StoreWriter:
             )
         # Sorted, so that the number of workers that made a file does not show in it.
         order = sorted(range(len(keys)), key=lambda i: keys[i])
-        metadata = {"group": group, "unreadable": str(num_unreadable)}
-        if group == HELD_OUT:
-            metadata["keys"] = json.dumps([keys[i] for i in order])
-            index = torch.arange(len(keys))
-        else:
-            rows = torch.tensor([keys[i].row for i in order], dtype=torch.int64)
-            index = torch.full((int(rows.max()) + 1 if len(rows) else 0,), -1)
-            index[rows] = torch.arange(len(rows))
+        rows = torch.tensor([keys[i].row for i in order], dtype=torch.int64)
+        index = torch.full((int(rows.max()) + 1 if len(rows) else 0,), -1)
+        index[rows] = torch.arange(len(rows))
         encoded = torch.tensor([[encode_crop(crop) for crop in crops[i]] for i in order], dtype=torch.int64)
         tensors = {
             "crops": encoded.reshape(*embedding.shape[:2], 6),
@@ -130,10 +127,13 @@ class StoreWriter:
         target = self.directory / self.description["groups"][group]
         target.parent.mkdir(exist_ok=True)
         partial = target.with_suffix(".partial")  # the same name after a kill, so that nothing is left behind
-        save_file(tensors, partial, metadata=metadata)
+        # One entry, since safetensors writes several in any order: equal stores are equal files.
+        save_file(tensors, partial, metadata={"unreadable": str(num_unreadable)})
+        partial.chmod((self.directory / DESCRIPTION_FILE).stat().st_mode)  # safetensors makes private files
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, target)
+        return target.stat().st_size
 
     def finish(self) -> dict[str, Any] | None:
         """Complete the store if every group is there, whichever process wrote it; otherwise do nothing.

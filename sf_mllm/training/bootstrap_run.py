@@ -20,6 +20,7 @@ from sf_mllm.training.processes import check_deepspeed
 from sf_mllm.training.progress import report_progress
 from sf_mllm.training.run_folder import RunFolder, write_directory_atomically
 from sf_mllm.training.step_times import describe_speed
+from sf_mllm.training.store_origin import open_stored_views
 from sf_mllm.training.teachers import Teacher, load_teacher
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,9 @@ def build_trainer(
     """Put teacher, student and images together."""
     teacher = load_teacher(config.teacher)
     student, report = build_student(config, teacher)
-    training, held_out = make_datasets(prepare_images(config, run), config, run, arguments)
+    images = prepare_images(config, run)
+    views = open_stored_views(config, teacher, images)
+    training, held_out = make_datasets(images, config, run, arguments, views)
     trainer = BootstrapTrainer(
         task=BootstrapTask(teacher, config.loss),
         evaluation=prepare_evaluation(config, teacher, run.path, arguments.device),

@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from sf_mllm.data.image_streams import StreamedImages
 from sf_mllm.data.images import HeldOutImages, TrainingImages
+from sf_mllm.data.teacher_store import StoredViews
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.training.bootstrap_evaluation import BootstrapEvaluation
 from sf_mllm.training.bootstrap_task import BootstrapTask
@@ -52,6 +53,8 @@ class BootstrapTrainer(Trainer):
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self.times = StepTimes(self.args.device, images_per_step=batch_size)
         self.add_callback(self.times)
+        if isinstance(self.train_dataset.views, StoredViews):
+            return  # the teacher is not asked: it stays where it takes no memory from the student
         task.teacher.to(self.args.device)
         if self.args.torch_compile:
             task.teacher.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)

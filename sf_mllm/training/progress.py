@@ -116,7 +116,7 @@ class ProgressReporter(TrainerCallback):
             parts += [
                 f"lr {row.get('learning_rate', 0.0):.1e}",
                 f"{row['samples_per_s']:.4g}/s",
-                f"left {_clock(left)}",
+                f"left {format_clock(left)}",
             ]
         return "  ".join(parts)
 
@@ -140,7 +140,8 @@ def _global_batch_size(args: TrainingArguments) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def _clock(seconds: float) -> str:
+def format_clock(seconds: float) -> str:
+    """Write a duration as minutes:seconds or hours:minutes:seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

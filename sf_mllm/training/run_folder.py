@@ -163,7 +163,7 @@ class RunFolder:
             yield
             outcome = "complete"
         except InputError as error:
-            sentence = _strip_worker_traceback(str(error))
+            sentence = strip_worker_traceback(str(error))
             outcome = f"failed: {sentence}"
             raise InputError(sentence) from error
         except Exception as error:
@@ -221,7 +221,7 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _strip_worker_traceback(message: str) -> str:
+def strip_worker_traceback(message: str) -> str:
     """Return the original message of an exception that torch carried over from a data loader's worker."""
     return message.strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
 

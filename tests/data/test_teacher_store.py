@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from sf_mllm.data.augment import Crop, ImageKey
-from sf_mllm.data.teacher_store import HELD_OUT, TeacherStore, bytes_per_crop, dequantise, quantise
+from sf_mllm.data.images import HELD_OUT
+from sf_mllm.data.teacher_store import TeacherStore, bytes_per_crop, dequantise, quantise
 from sf_mllm.data.teacher_store_writer import StoreWriter
 from sf_mllm.errors import InputError
 
 ORIGIN = {"teacher weights": "abc", "teacher preprocessing": (32, [0.4, 0.5]), "data.resolution": 40}
+LAYOUT = {"store.crops": 3, "store.grid": 2}
 CROPS, SIZE, GRID, WIDTH = 3, 6, 2, 8
 
 
@@ -34,12 +36,12 @@ def make_group(name, rows, num_crops=CROPS, seed=0):
 GROUPS = {
     "a.tar": make_group("a.tar", [2, 0, 5], seed=1),
     "b.tar": make_group("b.tar", [1], seed=2),
-    HELD_OUT: make_group("a.tar", [7, 2], num_crops=1, seed=3),
+    HELD_OUT: make_group(HELD_OUT, [1, 0], num_crops=1, seed=3),
 }
 
 
 def write(directory, *groups):
-    writer = StoreWriter(directory, ORIGIN, ["a.tar", "b.tar"])
+    writer = StoreWriter(directory, ORIGIN, LAYOUT, ["a.tar", "b.tar"])
     for group in groups or writer.missing:
         writer.write_group(group, **GROUPS[group], num_unreadable=int(group == "b.tar"))
     return writer
@@ -54,14 +56,12 @@ def directory(tmp_path):
 def test_what_is_written_is_read(directory):
     store = TeacherStore.open(directory)
     store.refuse_other_origin(ORIGIN)
-    for group, content in GROUPS.items():
+    for content in GROUPS.values():
+        num_crops = content["embedding"].shape[1]
         for place, key in enumerate(content["keys"]):
-            for epoch in range(1 if group == HELD_OUT else 7):
-                if group == HELD_OUT:
-                    crop, targets = content["crops"][place][0], store.read_held_out(key)
-                else:
-                    crop, targets = store.read(key, epoch)
-                number = epoch % CROPS
+            for epoch in range(7):
+                crop, targets = store.read(key, epoch)
+                number = epoch % num_crops
                 assert crop == content["crops"][place][number]
                 expected = {
                     "teacher_embedding": content["embedding"][place, number].half(),
@@ -141,7 +141,7 @@ def test_an_interrupted_store_is_refused_and_gone_on_with(tmp_path):
         TeacherStore.open(directory)
     (directory / "groups" / "000001.partial").write_bytes(b"what a kill leaves")
     before = (directory / "groups" / "000000.safetensors").stat().st_mtime_ns
-    writer = StoreWriter(directory, ORIGIN, ["a.tar", "b.tar"])
+    writer = StoreWriter(directory, ORIGIN, LAYOUT, ["a.tar", "b.tar"])
     assert writer.missing == [HELD_OUT, "b.tar"]
     write(directory, "b.tar")
     assert write(directory, HELD_OUT).finish()["images"] == 6
@@ -155,14 +155,18 @@ def test_another_origin_is_refused_by_reader_and_writer(directory):
     other = ORIGIN | {"data.resolution": 48}
     with pytest.raises(InputError, match=r"belongs to another run: data.resolution was 40, is 48; set these"):
         TeacherStore.open(directory).refuse_other_origin(other)
-    with pytest.raises(InputError, match=r"another origin: data.resolution was 40, is 48; name another directory"):
-        StoreWriter(directory, other, ["a.tar", "b.tar"])
+    for origin, layout, what in (
+        (other, LAYOUT, "data.resolution was 40, is 48"),
+        (ORIGIN, LAYOUT | {"store.grid": 3}, "store.grid was 2, is 3"),
+    ):
+        with pytest.raises(InputError, match=rf"another kind: {what}; name another directory"):
+            StoreWriter(directory, origin, layout, ["a.tar", "b.tar"])
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"")
     with pytest.raises(InputError, match="something that is no teacher store"):
-        StoreWriter(tmp_path, ORIGIN, [])
+        StoreWriter(tmp_path, ORIGIN, LAYOUT, [])
     with pytest.raises(InputError, match=r"There is no teacher store in .* make it with python -m"):
         TeacherStore.open(tmp_path)
     (tmp_path / "store.json").write_text("{")
@@ -183,7 +187,7 @@ def test_missing_and_truncated_files_are_refused_at_once_and_made_again(director
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(InputError, match=rf"000001.safetensors has {size - 5} bytes instead of {size}; the command"):
         TeacherStore.open(directory)
-    assert StoreWriter(directory, ORIGIN, ["a.tar", "b.tar"]).missing == ["b.tar"]
+    assert StoreWriter(directory, ORIGIN, LAYOUT, ["a.tar", "b.tar"]).missing == ["b.tar"]
     assert not path.exists()
     with pytest.raises(InputError, match=r"000001.safetensors is missing"):
         TeacherStore.open(directory)
@@ -211,12 +215,6 @@ def test_a_file_that_is_no_safetensors_is_refused_when_read(directory):
     path.write_bytes(b"\xff" * path.stat().st_size)
     with pytest.raises(InputError, match=r"groups/000000.safetensors cannot be read \("):
         TeacherStore.open(directory).read(ImageKey("a.tar", 0), 0)
-
-
-def test_a_held_out_image_that_is_not_there_is_refused(directory):
-    store = TeacherStore.open(directory)
-    with pytest.raises(InputError, match=r"no targets of image 3 in group 'a.tar'"):
-        store.read_held_out(ImageKey("a.tar", 3))
 
 
 @pytest.mark.parametrize(
@@ -247,4 +245,4 @@ def test_outputs_that_are_not_finite_are_refused(tmp_path, damaged):
     else:
         content["scales"][0, 0, 0, 0] = quantise(torch.full((1, 1, 1, 1), torch.nan), 1)[1].item()
     with pytest.raises(InputError, match="not finite in half precision"):
-        StoreWriter(tmp_path, ORIGIN, ["a.tar"]).write_group("a.tar", **content, num_unreadable=0)
+        StoreWriter(tmp_path, ORIGIN, LAYOUT, ["a.tar"]).write_group("a.tar", **content, num_unreadable=0)

@@ -1,0 +1,236 @@
+"""From a run's configuration to a teacher store: every image is decoded once, every stored crop seen once."""
+
+import logging
+from collections import defaultdict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from sf_mllm.data.augment import Resolution
+from sf_mllm.data.group_crops import (
+    Chunk,
+    GroupCrops,
+    HeldOutGroup,
+    ImageGroups,
+    NumberedGroups,
+    RandomCrops,
+    ShardGroups,
+    WholeImage,
+)
+from sf_mllm.data.tar_shards import TarShards
+from sf_mllm.data.teacher_store import bytes_per_crop, quantise, rounding_error
+from sf_mllm.data.teacher_store_writer import StoreWriter
+from sf_mllm.errors import InputError
+from sf_mllm.training.arguments import make_training_arguments
+from sf_mllm.training.bootstrap_config import BootstrapConfig
+from sf_mllm.training.bootstrap_images import RunImages, crop_settings, find_run_images, loader_defaults
+from sf_mllm.training.bootstrap_task import BootstrapTask
+from sf_mllm.training.reinforce_progress import ReinforceProgress
+from sf_mllm.training.run_folder import strip_worker_traceback
+from sf_mllm.training.store_origin import describe_origin
+from sf_mllm.training.teachers import load_teacher
+
+logger = logging.getLogger(__name__)
+
+_FIRST_IMAGES = 1000
+"""The share of unreadable images is taken of at least so many where nobody has counted the images."""
+
+
+def make_store(config: BootstrapConfig) -> Path:
+    """Make the store that a configuration names, or go on making it; return its directory.
+
+    Under torchrun each process makes its share of the groups; the one that ends last completes the store.
+
+    Raises:
+        InputError: something that the configuration names cannot be used.
+    """
+    if config.store.path is None:
+        raise InputError("store.path is not set; name the directory of the store, for example store.path=runs/store.")
+    directory = Path(config.store.path)
+    settings = crop_settings(config.data)
+    teacher = load_teacher(config.teacher)
+    images = find_run_images(config, Path(config.output_dir) / "scenes")
+    training = _training_groups(images)
+    writer = StoreWriter(
+        directory,
+        describe_origin(config, teacher, images.fingerprint),
+        layout={"store.crops": config.store.crops, "store.grid": config.store.grid},
+        groups=training.names,
+    )
+    maker = _StoreMaker(
+        writer,
+        BootstrapTask(teacher, config.loss),
+        make_training_arguments(loader_defaults(config.train), directory, config.seed),
+        config,
+        num_images=None if isinstance(images.source, TarShards) else images.num_images,
+    )
+    try:
+        held_out = HeldOutGroup(images.held_out_source, images.held_out)
+        maker.make(held_out, WholeImage(), (config.data.resolution, config.data.resolution))
+        crops = RandomCrops(settings, config.seed, config.store.crops)
+        maker.make(training, crops, settings.resolutions[0])
+    except InputError as error:
+        raise InputError(strip_worker_traceback(str(error))) from error
+    content = writer.finish()
+    if content is None:
+        logger.info("This process has made its share of %s; others have not made theirs yet.", directory)
+    else:
+        logger.info(
+            "%s holds %d crops of %d images in %.3g GB; %d images could not be read.",
+            directory,
+            content["crops"],
+            content["images"],
+            content["bytes"] / 1e9,
+            content["unreadable_images"],
+        )
+    return directory
+
+
+def _training_groups(images: RunImages) -> ImageGroups:
+    if isinstance(images.source, TarShards):
+        return ShardGroups(images.source, images.training.tolist())
+    return NumberedGroups(images.source, images.training)
+
+
+@dataclass
+class _Part:
+    """What is known of a group so far."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    """Without their pixels."""
+    outputs: list[dict[str, Tensor]] = field(default_factory=list)
+    """Of the teacher, on its device."""
+    num_finished: int = 0
+    """Workers that have nothing to add."""
+
+
+class _StoreMaker:
+    """Shows the crops of groups to a teacher and writes what it says.
+
+    Args:
+        writer: of the store.
+        task: asks the teacher.
+        arguments: device, batch size, precision, workers and processes.
+        config: of the store.
+        num_images: training and held-out images together; None if nobody has counted them.
+    """
+
+    def __init__(
+        self,
+        writer: StoreWriter,
+        task: BootstrapTask,
+        arguments: TrainingArguments,
+        config: BootstrapConfig,
+        num_images: int | None,
+    ) -> None:
+        self.writer, self.task, self.arguments, self.config = writer, task, arguments, config
+        self.num_images = num_images
+        self.num_seen = self.num_unreadable = 0
+        task.teacher.to(arguments.device)
+        if arguments.torch_compile:
+            task.teacher.compile()
+        self.has_described_cost = False
+
+    def make(self, groups: ImageGroups, crops: RandomCrops | WholeImage, resolution: Resolution) -> None:
+        """Write those of this process's groups that are missing.
+
+        Raises:
+            InputError: too many images cannot be read.
+        """
+        missing = set(self.writer.missing)
+        # Shared out before the missing ones are picked, since another process may be writing already.
+        mine = groups.names[self.arguments.process_index :: self.arguments.world_size]
+        names = [name for name in mine if name in missing]
+        if len(names) < len(mine):
+            logger.info("%d of %d groups are there already.", len(mine) - len(names), len(mine))
+        if not names:
+            return
+        # Whole images and random crops fill equal batches, so that a compiled teacher is compiled once.
+        images_per_chunk = max(1, self.arguments.per_device_eval_batch_size // self.config.store.crops)
+        images_per_chunk *= self.config.store.crops // crops.count
+        chunks = DataLoader(
+            GroupCrops(
+                groups,
+                names,
+                crops=crops,
+                resolution=resolution,
+                color_jitter=self.config.data.color_jitter,
+                images_per_chunk=images_per_chunk,
+            ),
+            batch_size=None,
+            num_workers=self.arguments.dataloader_num_workers,
+            pin_memory=self.arguments.device.type == "cuda",
+        )
+        progress = ReinforceProgress(len(names), len(groups.names), groups.num_images, crops.count)
+        parts: dict[str, _Part] = defaultdict(_Part)
+        with ThreadPoolExecutor(max_workers=1) as pool:  # the teacher goes on while a file is written
+            written: Future[None] | None = None
+            for chunk in chunks:
+                progress.add(len(chunk.keys))
+                self._count_unreadable(chunk)
+                part = parts[chunk.group]
+                if chunk.keys or not part.outputs:  # of a group without images the sizes are still wanted
+                    part.outputs.append(self._ask(chunk))
+                chunk.pixel_values = chunk.pixel_values[:0]
+                part.chunks.append(chunk)
+                part.num_finished += chunk.is_last
+                if part.num_finished == max(1, self.arguments.dataloader_num_workers):
+                    if written is not None:
+                        written.result()
+                    written = pool.submit(self._write, chunk.group, parts.pop(chunk.group), progress)
+            if written is not None:
+                written.result()
+        progress.report()
+
+    @torch.no_grad()
+    def _ask(self, chunk: Chunk) -> dict[str, Tensor]:
+        """Return the teacher's outputs on the crops of a chunk, [n, K, ...] each."""
+        num_images, num_crops = chunk.pixel_values.shape[:2]
+        pixels = chunk.pixel_values.flatten(0, 1).to(self.arguments.device, non_blocking=True)
+        dtype = torch.bfloat16 if self.arguments.bf16 else torch.float16
+        with torch.autocast(pixels.device.type, dtype=dtype, enabled=self.arguments.bf16 or self.arguments.fp16):
+            output = self.task.targets({"pixel_values": pixels})
+        patches, scales = quantise(output.feature_map, min(self.config.store.grid, output.feature_map.shape[-1]))
+        if not self.has_described_cost:
+            self.has_described_cost = True
+            grid, width = patches.shape[2:]
+            logger.info(
+                "A crop takes %d bytes: an embedding of %d numbers and %dx%d patch features of %d (of the teacher's "
+                "%dx%d); rounding them to 8 bits changes them by %.2g%%.",
+                bytes_per_crop(output.embedding.shape[1], width, grid),
+                output.embedding.shape[1],
+                grid,
+                grid,
+                width,
+                *output.feature_map.shape[-2:],
+                100 * rounding_error(output.feature_map, patches, scales),
+            )
+        tensors = {"embedding": output.embedding.half(), "patches": patches, "scales": scales}
+        shape = (num_images, num_crops)
+        return {name: tensor.unflatten(0, shape)[: len(chunk.keys)] for name, tensor in tensors.items()}
+
+    def _write(self, group: str, part: _Part, progress: ReinforceProgress) -> None:
+        size = self.writer.write_group(
+            group,
+            [key for chunk in part.chunks for key in chunk.keys],
+            [crops for chunk in part.chunks for crops in chunk.crops],
+            **{name: torch.cat([output[name] for output in part.outputs]).cpu() for name in part.outputs[0]},
+            num_unreadable=sum(chunk.num_unreadable for chunk in part.chunks),
+        )
+        progress.add_file(size)
+
+    def _count_unreadable(self, chunk: Chunk) -> None:
+        self.num_seen += len(chunk.keys) + chunk.num_unreadable
+        self.num_unreadable += chunk.num_unreadable
+        num_images = max(self.num_seen, _FIRST_IMAGES) if self.num_images is None else self.num_images
+        allowed = int(self.config.data.max_unreadable_share * num_images)
+        if self.num_unreadable > allowed:
+            raise InputError(
+                f"{self.num_unreadable} of {num_images} images cannot be read, {allowed} are allowed; remove them or "
+                "raise data.max_unreadable_share."
+            )
