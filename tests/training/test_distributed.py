@@ -1,0 +1,187 @@
+"""The same command on two processes, with gloo on the CPU: DDP and DeepSpeed ZeRO-2 end as one process does."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+
+from sf_mllm.config import load_run_config
+from sf_mllm.errors import InputError
+from sf_mllm.training.bootstrap_config import BootstrapConfig
+from sf_mllm.training.bootstrap_run import run_bootstrap
+from sf_mllm.training.processes import check_deepspeed
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed")
+
+ENTRY_POINT = """
+import os, signal, sys
+from sf_mllm.training.bootstrap import main
+from sf_mllm.training.progress import ProgressReporter
+
+def kill(self, args, state, control, **kwargs):
+    if state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ["KILL_AT_STEP_5"] == "yes":
+    ProgressReporter.on_step_end = kill
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def launch(folder, *arguments, kill=False):
+    """Run the entry point on two processes under torchrun."""
+    script = folder / "entry_point.py"
+    script.write_text(ENTRY_POINT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return run([*torchrun, str(script), *arguments], KILL_AT_STEP_5="yes" if kill else "no")
+
+
+def run(command, **variables):
+    environment = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, cwd=CONFIGS.parent
+    )
+
+
+def zero2_in_fp32(folder):
+    """The shipped configuration without autocast, for runs on the CPU in fp32."""
+    settings = json.loads((CONFIGS / "deepspeed/zero2.json").read_text())
+    settings["torch_autocast"]["enabled"] = False
+    path = folder / "zero2.json"
+    path.write_text(json.dumps(settings))
+    return path
+
+
+def figures_of(folder):
+    """Losses and evaluations of a run, by step."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in row.items() if name == "step" or name.startswith(("loss", "eval"))}
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=needs_deepspeed)])
+def test_two_processes_killed_and_resumed_end_as_one_that_was_not_disturbed(run_file, tmp_path, strategy):
+    """Both take 8 steps of 4 images; the two processes accumulate twice one image each and resume at step 4."""
+    settings = ["train.save_steps=4"]
+    one = run_bootstrap(
+        load_run_config(BootstrapConfig, run_file, [*settings, f"output_dir={tmp_path / 'one'}"])
+    ).parent
+    two = tmp_path / "two"
+    arguments = [
+        str(run_file),
+        *settings,
+        f"output_dir={two}",
+        "train.per_device_train_batch_size=1",
+        "train.gradient_accumulation_steps=2",
+    ]
+    if strategy == "zero2":
+        arguments.append(f"train.deepspeed={zero2_in_fp32(tmp_path)}")
+    killed = launch(tmp_path, *arguments, kill=True)
+    assert killed.returncode != 0 and "SIGKILL" in killed.stderr and not (two / "encoder").exists()
+    resumed = launch(tmp_path, *arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Resuming at step 4" in resumed.stderr
+    assert resumed.stderr.count("Saved the encoder") == 1
+
+    record = json.loads((two / "run.json").read_text())
+    assert record["outcome"] == "complete" and record["global_batch_size"] == 4
+    ours, theirs = load_file(two / "encoder/model.safetensors"), load_file(one / "encoder/model.safetensors")
+    assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
+    # Sums in another order differ by 1e-7; Adam turns that into up to 1.5e-4 where a gradient is near zero.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    for row, expected in zip(figures_of(two), figures_of(one), strict=True):
+        assert row == pytest.approx(expected, rel=2e-3, abs=1e-4)
+
+
+@needs_deepspeed
+def test_accelerate_starts_the_shipped_zero2_configuration(run_file, tmp_path):
+    """In bf16, as the configuration says: weights stay fp32, autocast rounds what it rounds in one process."""
+    settings = ["train.bf16=true", "train.max_steps=3", "train.logging_steps=1", "train.eval_strategy=no"]
+    run_bootstrap(load_run_config(BootstrapConfig, run_file, settings))
+    two = tmp_path / "two"
+    accelerate = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--main_process_port",
+        "0",
+        "--num_processes",
+        "2",
+    ]
+    accelerate += ["--config_file", str(CONFIGS / "accelerate/zero2_8_gpus.yaml"), "-m", "sf_mllm.training.bootstrap"]
+    arguments = [*settings, f"output_dir={two}", "train.per_device_train_batch_size=2"]
+    done = run([*accelerate, str(run_file), *arguments])
+    assert done.returncode == 0, done.stderr
+    assert {tensor.dtype for tensor in load_file(two / "encoder/model.safetensors").values()} == {torch.float32}
+    assert figures_of(two) == [
+        pytest.approx(row, rel=2e-3, abs=1e-3)
+        for row in figures_of(tmp_path / "run")  # measured: 3e-4 relative
+    ]
+
+
+def test_a_run_compiles_student_and_teacher_once_each(run_file, tmp_path):
+    """Held-out images come in batches of another size, and training goes on after them; the result is the same."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    settings = ["train.per_device_eval_batch_size=2", "train.eval_steps=2"]
+    compiled = [f"output_dir={tmp_path / 'b'}", "train.torch_compile=true", "train.torch_compile_backend=eager"]
+    eager = run_bootstrap(load_run_config(BootstrapConfig, run_file, settings))
+    assert not torch._dynamo.utils.counters["stats"]
+    weights = run_bootstrap(load_run_config(BootstrapConfig, run_file, [*settings, *compiled]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch.testing.assert_close(  # measured: 5e-5, in biases of keys, whose gradients are zero but for rounding
+        load_file(weights / "model.safetensors"), load_file(eager / "model.safetensors"), rtol=0, atol=5e-4
+    )
+    torch._dynamo.reset()
+
+
+def test_the_accelerate_configurations_are_whole():
+    paths = sorted((CONFIGS / "accelerate").glob("*.yaml"))
+    assert [path.stem for path in paths] == ["ddp_2_machines", "ddp_8_gpus", "zero2_2_machines", "zero2_8_gpus"]
+    for path in paths:
+        config = load_config_from_file(str(path))
+        assert config.num_processes == 8 * config.num_machines
+        values = yaml.safe_load(path.read_text())
+        if path.stem.startswith("zero2"):
+            assert (CONFIGS.parent / values["deepspeed_config"]["deepspeed_config_file"]).is_file()
+        assert f"configs/accelerate/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "bf16", "message"),
+    [
+        ({}, True, None),
+        ({}, False, "train.bf16=false, but the DeepSpeed configuration's torch_autocast computes in bfloat16"),
+        ({"torch_autocast": {"enabled": False}}, False, None),
+        ({"torch_autocast": {"enabled": False}}, True, "train.bf16=true, but .* computes in float32"),
+        ({"bf16": {"enabled": True}}, True, "rounds the weights themselves"),
+        ({"fp16": {"enabled": True}}, False, "rounds the weights themselves"),
+        ({"zero_optimization": {"stage": 3}}, True, "ZeRO stage 3 cannot train an encoder"),
+    ],
+)
+def test_a_deepspeed_configuration_must_train_as_one_process_does(changes, bf16, message):
+    settings = json.loads((CONFIGS / "deepspeed/zero2.json").read_text()) | changes
+    arguments = SimpleNamespace(bf16=bf16, deepspeed_plugin=SimpleNamespace(deepspeed_config=settings))
+    if message is None:
+        check_deepspeed(arguments)
+    else:
+        with pytest.raises(InputError, match=message):
+            check_deepspeed(arguments)
+
+
+def test_without_deepspeed_there_is_nothing_to_check():
+    check_deepspeed(SimpleNamespace(bf16=True, deepspeed_plugin=None))
