@@ -124,7 +124,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
     except Exception as error:  # both libraries, their file readers and the hub raise almost any type here
         raise InputError(
             f"Teacher '{config.model}' (pretrained={config.pretrained}) cannot be loaded by {config.source}: "
-            f"{textwrap.shorten(first_line(error), _LONGEST_REASON, placeholder=' ...')}."
+            f"{_reason(error)}."
         ) from error
     if config.pretrained is None and not _brings_its_weights(config.model):
         logger.warning("The teacher has random weights; its student learns nothing of use.")
@@ -141,7 +141,11 @@ def load_clip(config: TeacherConfig) -> Any:
         # Without weights nothing ties it to the CPU: under `torch.device("meta")` a size can be tried for free.
         device = torch.get_default_device()
         return open_clip.create_model(model, device=device, force_image_size=config.image_size)
-    if not Path(config.pretrained).is_file():
+    path = Path(config.pretrained)
+    if path.is_file():
+        if path.suffix != ".npz":  # NumPy's archives hold no code, and open_clip checks their layout
+            _read_weights(path)
+    else:
         tags = open_clip.list_pretrained_tags_by_model(model)
         if config.pretrained not in tags:
             raise InputError(
@@ -149,10 +153,10 @@ def load_clip(config: TeacherConfig) -> Any:
                 f"{nearest(config.pretrained, tags)} Tags: {', '.join(tags) or 'none'}."
             )
         # The activation is not in the weights; open_clip only warns, and the teacher would be silently worse.
-        needs = bool(open_clip.get_pretrained_cfg(model, config.pretrained).get("quick_gelu", False))
-        if needs != bool((open_clip.get_model_config(model) or {}).get("quick_gelu", False)):
-            twin = f"{model}-quickgelu" if needs else model.removesuffix("-quickgelu")
-            raise _other_activation(config, "quick" if needs else "plain", twin)
+        # The other way round nothing is known: tags without that setting may be of either kind.
+        needs_quick_gelu = open_clip.get_pretrained_cfg(model, config.pretrained).get("quick_gelu", False)
+        if needs_quick_gelu and not (open_clip.get_model_config(model) or {}).get("quick_gelu", False):
+            raise _plain_gelu(config, f"{model}-quickgelu")
     return open_clip.create_model(model, config.pretrained, require_pretrained=True, force_image_size=config.image_size)
 
 
@@ -178,7 +182,7 @@ def _load_timm(config: TeacherConfig) -> TimmTeacher:
             settings = timm.get_pretrained_cfg(f"{model}.{config.pretrained}", allow_unregistered=False)
             notes = " ".join(settings.notes or ()) if settings is not None else ""
             if "natively QuickGELU" in notes and "quickgelu" not in model:
-                raise _other_activation(config, "quick", model.replace("_clip_", "_clip_quickgelu_"))
+                raise _plain_gelu(config, model.replace("_clip_", "_clip_quickgelu_"))
             vit = timm.create_model(f"{model}.{config.pretrained}", pretrained=True)
     if not isinstance(vit, VisionTransformer | Eva):
         raise InputError(f"timm's '{model}' is a {type(vit).__name__}; only VisionTransformer models can be teachers.")
@@ -193,19 +197,44 @@ _LOADERS: dict[str, Callable[[TeacherConfig], Teacher]] = {
 }
 
 
+def _reason(error: Exception) -> str:
+    """Say in a few words why a library failed, without the advice to run what is in a file."""
+    if "weights_only" in str(error):
+        return "its file of weights holds code, which is not run"
+    return textwrap.shorten(first_line(error), _LONGEST_REASON, placeholder=" ...")
+
+
 def _count_classes(path: Path) -> int:
     """Classes of the head in a file of weights, 0 if it has none; timm by itself expects those of the model's name."""
     if path.suffix == ".npz":  # as Google published them
         with np.load(path) as arrays:
             return len(arrays["head/bias"]) if "head/bias" in arrays else 0
-    head = timm.models.load_state_dict(str(path)).get("head.weight")
+    head = _read_weights(path).get("head.weight")
     return 0 if head is None else len(head)
 
 
-def _other_activation(config: TeacherConfig, needed: str, twin: str) -> InputError:
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a state dict without running code, and say in words of ours what the libraries stumble over.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    try:
+        weights = timm.models.load_state_dict(str(path))
+    except Exception:  # damaged files fail with almost any type
+        weights = {}
+    if not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise InputError(
+            f"'{path}' is damaged or no file of weights; give a state dict, as .safetensors or saved by torch.save: "
+            "files that hold code (TorchScript, pickled objects) are not opened."
+        )
+    return weights
+
+
+def _plain_gelu(config: TeacherConfig, twin: str) -> InputError:
     return InputError(
-        f"The weights '{config.pretrained}' were trained with {needed} GELU, the architecture '{config.model}' uses "
-        f"the other one; set teacher.model={twin}."
+        f"The weights '{config.pretrained}' were trained with quick GELU, the architecture '{config.model}' uses plain "
+        f"GELU; set teacher.model={twin}."
     )
 
 

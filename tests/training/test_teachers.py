@@ -4,9 +4,10 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from sf_mllm import SparseFormerModel
 from sf_mllm.errors import InputError
 from sf_mllm.training.bootstrap_config import TeacherConfig
-from sf_mllm.training.teachers import OpenClipTeacher, TimmTeacher, load_teacher
+from sf_mllm.training.teachers import OpenClipTeacher, TimmTeacher, load_clip, load_teacher
 
 
 def tiny_timm(**changes):
@@ -72,22 +73,58 @@ def test_teachers_are_frozen_and_in_eval_mode(clip_directory):
         assert not output.embedding.requires_grad and not output.feature_map.requires_grad
 
 
-def test_weights_from_a_local_file(tmp_path):
-    torch.manual_seed(0)
-    clip = open_clip.create_model("ViT-S-32-alt")
-    torch.save(clip.state_dict(), tmp_path / "clip.pt")
-    torch.manual_seed(1)
-    teacher = load_teacher(TeacherConfig(model="ViT-S-32-alt", pretrained=str(tmp_path / "clip.pt")))
-    assert isinstance(teacher, OpenClipTeacher)
-    torch.testing.assert_close(teacher.visual.state_dict(), clip.visual.state_dict(), rtol=0, atol=0)
+def test_a_timm_directory_names_its_classes(tmp_path):
+    vit = tiny_timm(num_classes=3)
+    timm.models.save_for_hf(vit, tmp_path, model_config={"label_names": ["cat", "dog", "bird"]})
+    teacher = load_teacher(TeacherConfig(source="timm", model=f"local-dir:{tmp_path}"))
+    assert teacher.output_kind == "logits" and teacher.preprocessing.image_size == 32
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(pixels).embedding, vit(pixels))
+    student, _ = SparseFormerModel.from_vit(teacher.vit)
+    student.save_pretrained(tmp_path / "student")
+    loaded = SparseFormerModel.from_pretrained(tmp_path / "student")
+    assert loaded.config.id2label == {0: "cat", 1: "dog", 2: "bird"}
+    assert loaded.config.label2id == {"cat": 0, "dog": 1, "bird": 2}
+    assert loaded(torch.randn(1, 3, 40, 40)).pooler_output.shape == (1, 3)
 
 
-def test_timm_weights_from_a_local_file(tmp_path):
-    torch.manual_seed(0)
-    vit = timm.create_model("vit_tiny_patch16_224")
-    torch.save(vit.state_dict(), tmp_path / "vit.pth")
-    settings = TeacherConfig(source="timm", model="vit_tiny_patch16_224", pretrained=str(tmp_path / "vit.pth"))
-    torch.testing.assert_close(load_teacher(settings).vit.state_dict(), vit.state_dict(), rtol=0, atol=0)
+@pytest.mark.parametrize(
+    ("architecture", "num_classes", "kind", "name"),
+    [
+        ("vit_tiny_patch16_224", 1000, "logits", (0, "tench, Tinca tinca")),
+        ("vit_tiny_patch16_224", 21843, "logits", (21842, "knothole")),
+        ("vit_tiny_patch16_224", 7, "logits", (6, "LABEL_6")),
+        ("vit_tiny_patch16_224", 0, "embedding", None),
+        ("vit_xsmall_patch16_clip_224", 512, "embedding", None),  # the CLIP space
+        ("vit_xsmall_patch16_clip_224", 1000, "logits", (0, "tench, Tinca tinca")),  # a CLIP fine-tuned on ImageNet
+        ("eva02_tiny_patch14_224", 0, "embedding", None),
+    ],
+)
+def test_what_a_timm_teacher_says(architecture, num_classes, kind, name):
+    with torch.device("meta"):
+        vit = timm.create_model(architecture, num_classes=num_classes)
+        teacher = TimmTeacher(vit)
+        assert teacher.output_kind == kind
+        if name is not None:
+            labels = SparseFormerModel.from_vit(vit)[0].config.id2label
+            assert len(labels) == num_classes and labels[name[0]] == name[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "side"),
+    [
+        ({"model": "ViT-S-32-alt"}, 32),
+        ({"model": "ViT-B-16-SigLIP"}, 16),
+        ({"source": "timm", "model": "vit_tiny_patch16_224"}, 16),
+    ],
+)
+def test_a_teacher_at_another_image_size(settings, side):
+    size = 2 * side
+    with torch.device("meta"):
+        teacher = load_teacher(TeacherConfig(**settings, allow_random=True, image_size=size))
+        assert teacher.preprocessing.image_size == size
+        assert teacher(torch.randn(1, 3, size, size)).feature_map.shape[-2:] == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +139,11 @@ def test_timm_weights_from_a_local_file(tmp_path):
         ({"source": "timm", "model": "vit_base_patch61_224", "pretrained": "openai"}, "Did you mean 'vit_base_patch16"),
         ({"source": "timm", "model": "vit_base_patch16_clip_224", "pretrained": "opnai"}, "Did you mean 'openai'"),
         ({"source": "timm", "model": "resnet18", "allow_random": True}, "is a ResNet; only VisionTransformer"),
+        (
+            {"source": "timm", "model": "vit_base_patch16_clip_224", "pretrained": "openai"},
+            r"trained with quick GELU.* set teacher\.model=vit_base_patch16_clip_quickgelu_224",
+        ),
+        ({"model": "ViT-B-16", "pretrained": "openai"}, r"quick GELU.* set teacher\.model=ViT-B-16-quickgelu"),
     ],
 )
 def test_unusable_teachers_get_one_sentence(settings, message):
@@ -110,11 +152,28 @@ def test_unusable_teachers_get_one_sentence(settings, message):
     assert "\n" not in str(caught.value)
 
 
-def test_weights_with_another_activation_are_refused(monkeypatch):
-    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda name: ["openai"])
-    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: {"quick_gelu": True})
-    with pytest.raises(InputError, match=r"set teacher\.model=ViT-B-16-quickgelu"):
-        load_teacher(TeacherConfig(model="ViT-B-16", pretrained="openai"))
+@pytest.mark.parametrize(
+    ("model", "tag"), [("ViT-B-16-quickgelu", "openai"), ("roberta-ViT-B-32", "laion2b_s12b_b32k")]
+)
+def test_fitting_activations_are_not_refused(monkeypatch, model, tag):
+    """The second tag says nothing of its activation, and its architecture has the right one."""
+    asked = []
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: asked.append(args))
+    load_clip(TeacherConfig(model=model, pretrained=tag))
+    assert asked == [(model, tag)]
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_the_student_computes_the_activation_of_its_teacher(activation):
+    """Whatever a name promises: what counts is what the loaded blocks do."""
+    torch.manual_seed(0)
+    vit = tiny_timm(act_layer=activation)
+    teacher = TimmTeacher(vit)
+    student, report = SparseFormerModel.from_vit(teacher.vit, num_hidden_layers=1)
+    assert student.config.hidden_act == activation
+    tokens = 5 * torch.randn(2, 3, 32)  # large, where the two differ
+    with torch.no_grad():
+        torch.testing.assert_close(student.cortex[0](tokens), vit.blocks[report.first_block](tokens))
 
 
 def test_a_directory_with_damaged_weights_gets_one_sentence(clip_directory, tmp_path):
