@@ -1,10 +1,11 @@
 """Stage one: make a SparseFormer encoder from a CLIP ViT.
 
-python -m sf_mllm.training.bootstrap CONFIG.yaml [key=value ...]
+python -m sf_mllm.training.bootstrap CONFIG.yaml [key=value ...] [--report]
 """
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from sf_mllm.errors import CommandLineParser, report_input_errors
 
@@ -24,19 +25,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="key=value",
         help="overrides, for example output_dir=runs/mine data.images=/path/to/images train.max_steps=1000",
     )
-    options = parser.parse_args(argv)
+    parser.add_argument(
+        "--report", action="store_true", help="draw what the run measured into report.html in its folder"
+    )
+    options = parser.parse_intermixed_args(argv)
 
     # The heavy imports come after parsing, so that --help and a mistyped option answer at once.
     from sf_mllm.config import load_run_config
-    from sf_mllm.training.bootstrap_config import BootstrapConfig
+    from sf_mllm.training.bootstrap_config import BootstrapConfig, refuse_expanded_braces
 
+    refuse_expanded_braces(options.overrides)
     config = load_run_config(BootstrapConfig, options.config, options.overrides)
+
+    from sf_mllm.training.report import require_matplotlib, write_report
+
+    if options.report:
+        require_matplotlib()  # before hours are spent on the run
 
     from sf_mllm.training.bootstrap_run import run_bootstrap
     from sf_mllm.training.progress import configure_logging
+    from sf_mllm.training.run_folder import is_main_process
 
     configure_logging()
     run_bootstrap(config)
+    if options.report and is_main_process():
+        write_report([config.output_dir], Path(config.output_dir) / "report.html")
     return 0
 
 

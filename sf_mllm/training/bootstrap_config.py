@@ -1,5 +1,6 @@
 """Settings of a bootstrap run; imports nothing heavy."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,21 @@ from sf_mllm.constants import MAX_SEED
 from sf_mllm.errors import InputError, nearest
 
 TEACHER_SOURCES = ("open_clip", "timm")
+
+
+def refuse_expanded_braces(overrides: Sequence[str]) -> None:
+    """Notice images that a shell multiplied: of repeated overrides all but the last would be dropped.
+
+    Raises:
+        InputError: images are given more than once.
+    """
+    for key in ("data.images", "data.held_out_images"):
+        times = sum(override.startswith(f"{key}=") for override in overrides)
+        if times > 1:
+            raise InputError(
+                f"{key} is given {times} times; put a range into quotes, as in '{key}=/data/{{000..099}}.tar', and "
+                f"several descriptions into brackets, as in '{key}=[/data/a, /data/b]'."
+            )
 
 
 @dataclass

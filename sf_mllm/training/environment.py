@@ -10,7 +10,18 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("sf_mllm", "torch", "torchvision", "transformers", "accelerate", "peft", "open_clip_torch", "timm")
+_PACKAGES = (
+    "sf_mllm",
+    "torch",
+    "torchvision",
+    "transformers",
+    "accelerate",
+    "peft",
+    "open_clip_torch",
+    "timm",
+    "datasets",
+    "webdataset",
+)
 
 
 def describe_revision() -> dict[str, Any]:
