@@ -58,7 +58,7 @@ def draw_regions(image: Image.Image, rois: Tensor) -> Image.Image:
     side = np.sqrt(np.median(_areas(boxes)))
 
     panels = [
-        (_boxes_panel(base, boxes), f"{len(boxes)} regions, largest violet, smallest yellow"),
+        (_boxes_panel(base, boxes, fill=16), f"{len(boxes)} regions, largest violet, smallest yellow"),
         (_coverage_panel(base, boxes), f"bright: covered by many regions (median side {side:.0%} of the image)"),
     ]
     canvas = Image.new("RGB", (2 * size[0] + 3 * _MARGIN, size[1] + _CAPTION_HEIGHT + 2 * _MARGIN), _BACKGROUND)
@@ -72,7 +72,7 @@ def draw_regions(image: Image.Image, rois: Tensor) -> Image.Image:
 
 
 def draw_boxes(image: Image.Image, rois: Tensor, side: int) -> Image.Image:
-    """Draw every region as a translucent box, the largest violet, the smallest yellow.
+    """Draw the outline of every region, the largest violet, the smallest yellow: for pictures too small for more.
 
     Args:
         image: RGB.
@@ -82,7 +82,7 @@ def draw_boxes(image: Image.Image, rois: Tensor, side: int) -> Image.Image:
     Returns:
         An RGB picture.
     """
-    return _boxes_panel(_resize(image, side), _sort_by_area(rois))
+    return _boxes_panel(_resize(image, side), _sort_by_area(rois), fill=0)
 
 
 def _resize(image: Image.Image, side: int) -> Image.Image:
@@ -102,7 +102,8 @@ def _areas(boxes: np.ndarray) -> np.ndarray:
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
-def _boxes_panel(base: Image.Image, boxes: np.ndarray) -> Image.Image:
+def _boxes_panel(base: Image.Image, boxes: np.ndarray, fill: int) -> Image.Image:
+    """Draw boxes in their order, filled with an opacity of 0 to 255."""
     size = (base.width * _SUPERSAMPLING, base.height * _SUPERSAMPLING)
     panel = base.resize(size, Image.Resampling.BICUBIC).convert("RGBA")
     line_width = max(2, round(2 * _SUPERSAMPLING * max(base.size) / _PANEL_SIDE))
@@ -110,7 +111,7 @@ def _boxes_panel(base: Image.Image, boxes: np.ndarray) -> Image.Image:
     for rank, box in enumerate(pixels):
         colour = _colour(rank / max(1, len(pixels) - 1))
         layer = Image.new("RGBA", size)
-        ImageDraw.Draw(layer).rectangle(tuple(box), (*colour, 16), (*colour, 220), line_width)
+        ImageDraw.Draw(layer).rectangle(tuple(box), (*colour, fill), (*colour, 220), line_width)
         panel.alpha_composite(layer)
     return panel.convert("RGB").resize(base.size, Image.Resampling.LANCZOS)
 

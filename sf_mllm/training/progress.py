@@ -97,6 +97,8 @@ class ProgressReporter(TrainerCallback):
             self._last_time, self._last_step = now, state.global_step
         elif "loss" not in logs:
             self._last_time += now - max(self._last_time, self._trained_until)
+            if state.global_step == self._first_step:  # before training: the steps to come will not be as slow
+                self._began = self._last_time
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         logger.info("%s", self._line(row, state, now))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from sf_mllm.data.scene_tasks import TASK_SETS, build_tasks
 from sf_mllm.data.zero_shot_tasks import TASKS_FILE, ZeroShotTask, read_task_folder
+from sf_mllm.encoder.vit_timm import read_class_names
 from sf_mllm.errors import InputError, first_line, nearest
 from sf_mllm.training.bootstrap_config import EvaluationConfig, TeacherConfig
 from sf_mllm.training.teachers import OpenClipTeacher, Teacher, TimmTeacher, load_clip, resolve_model
@@ -112,33 +112,41 @@ def name_classes(task: ZeroShotTask) -> ZeroShotTask:
 
 def _ask_head(teacher: TimmTeacher, tasks: Sequence[ZeroShotTask], device: str | torch.device) -> TextEncoder:
     """Stand a classifier's classes for texts: the feature of a class is a unit vector along its logit."""
-    number_of = _number_classes(teacher.vit)
-    num_classes = teacher.vit.num_classes
+    names = read_class_names(teacher.vit)
+    if names is None:
+        raise InputError(
+            "This timm teacher gives embeddings but has no text tower, so it cannot be asked about "
+            "evaluation.zero_shot; set that to null."
+        )
+    number_of = _number_classes(names, teacher.vit.pretrained_cfg.get("label_names"))
     for task in tasks:
-        unknown = [name for name in task.texts if name not in number_of]
+        unknown = [text for text in task.texts if text not in number_of]
         if unknown or not task.are_class_names:
-            given = f"folder '{unknown[0]}' is none of its classes" if task.are_class_names else f"task '{task.name}'"
+            what = f"'{unknown[0]}' is none of its classes" if unknown else f"task '{task.name}' asks for texts"
             raise InputError(
-                f"A timm teacher has no text tower and cannot be asked ({given}); set evaluation.zero_shot to folders "
-                f"of images that are named after its classes or numbered from 0 to {num_classes - 1}, or to null."
+                f"The teacher is a classifier, and {what}; set evaluation.zero_shot to a folder that holds folders of "
+                f"images named after its classes (for example '{names[0]}') or numbered from 0 to {len(names) - 1}."
             )
-    return lambda names: F.one_hot(
-        torch.tensor([number_of[name] for name in names], device=device), num_classes=num_classes
-    )
+
+    def encode(texts: list[str]) -> Tensor:
+        return F.one_hot(torch.tensor([number_of[text] for text in texts], device=device), num_classes=len(names))
+
+    return encode
 
 
-def _number_classes(vit: Any) -> dict[str, int]:
-    """Return the index of each class by all names it goes by: its number, its label, and ImageNet's descriptions."""
-    labels = list(vit.pretrained_cfg.get("label_names") or ())
-    descriptions = dict(vit.pretrained_cfg.get("label_descriptions") or {})
-    subset = infer_imagenet_subset(vit)
-    if not labels and subset is not None:
-        info = ImageNetInfo(subset)
-        labels = info.label_names()
-        descriptions = {label: info.label_name_to_description(label) for label in labels}
-    numbers = {str(index): index for index in range(vit.num_classes)}
-    for index, label in enumerate(labels):
-        for name in (label, descriptions.get(label, label), descriptions.get(label, label).split(", ")[0]):
+def _number_classes(names: Sequence[str], labels: Sequence[str] | None) -> dict[str, int]:
+    """Return the index of each class by all that a folder may call it.
+
+    Args:
+        names: in the order of the logits; of several with commas between them the first one will do, too.
+        labels: the classes' short names, if they have any; ImageNet's ids are known.
+    """
+    subset = infer_imagenet_subset({"num_classes": len(names)})
+    if labels is None and subset is not None:
+        labels = ImageNetInfo(subset).label_names()
+    numbers: dict[str, int] = {}
+    for spellings in (names, labels or (), [name.split(", ")[0] for name in names], map(str, range(len(names)))):
+        for index, name in enumerate(spellings):
             numbers.setdefault(name, index)
             numbers.setdefault(name.replace(" ", "_"), index)
     return numbers
