@@ -158,7 +158,9 @@ def _ask_one_attribute(objects: Sequence[SceneObject], rng: random.Random) -> _I
     attribute, values = rng.choice((("color", COLORS), ("shape", SHAPES)))
     present = {(item.color, item.shape) for item in objects}
     for item in rng.sample(list(objects), len(objects)):
-        variants = [item._replace(**{attribute: value}) for value in values]
+        variants = [
+            item._replace(color=value) if attribute == "color" else item._replace(shape=value) for value in values
+        ]
         if sum((variant.color, variant.shape) in present for variant in variants) == 1:
             return [_named(variant) for variant in variants], values.index(getattr(item, attribute))
     return None
