@@ -57,8 +57,17 @@ def replace_visual(clip: nn.Module, encoder: SparseFormerModel) -> nn.Module:
     if visual is None:
         raise InputError(f"A {type(clip).__name__} has no image tower `visual`; pass an open_clip CLIP model.")
     tower = OpenClipTower(encoder, visual.image_size)
-    expected = getattr(visual, "output_dim", tower.output_dim)  # open_clip's towers from timm do not tell theirs
+    expected = _embedding_width(visual)
     if tower.output_dim != expected:
         raise InputError(f"The encoder embeds into {tower.output_dim} dimensions, this CLIP model into {expected}.")
     clip.visual = tower
     return clip
+
+
+def _embedding_width(visual: Any) -> int:
+    """Width of what an image tower gives; open_clip's wrapper of timm models does not tell it."""
+    if hasattr(visual, "output_dim"):
+        return visual.output_dim
+    # Whatever its head is made of ends in a linear layer; without a head the trunk gives what it gives.
+    layers = [layer.out_features for layer in visual.head.modules() if isinstance(layer, nn.Linear)]
+    return layers[-1] if layers else visual.trunk.num_classes or visual.trunk.num_features
