@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -105,7 +106,9 @@ def _reason(error: Exception) -> str:
     """What went wrong, without the objects that webdataset adds to an exception's arguments."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error.args[0]).partition(" @ ")[0] if error.args else type(error).__name__
+    text = str(error.args[0]).partition(" @ ")[0] if error.args else type(error).__name__
+    failed = re.search(r"exit (-?\d+) \(read\)", text)  # of webdataset's Pipe, after the whole command
+    return f"the command that reads it ended with status {failed[1]}" if failed else text
 
 
 def is_local(url: str) -> bool:
