@@ -159,6 +159,8 @@ def describe_evaluation(row: Mapping[str, float]) -> str | None:
         f"regions: spread {row['eval_roi_center_spread']:.3f}, {100 * row['eval_roi_points_outside']:.1f} % of points "
         "outside",
     ]
+    if "eval_class_agreement" in row:
+        parts[0] += f", same class {100 * row['eval_class_agreement']:.1f} %"
     if "eval_roi_objects_covered" in row:
         parts[-1] += f", {100 * row['eval_roi_objects_covered']:.1f} % of objects covered"
     suffix = "_teacher_accuracy"

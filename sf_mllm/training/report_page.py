@@ -60,6 +60,7 @@ _FACTS = {
 _MEASURES = {
     "eval_embedding_cosine": ("agreement of embeddings, cosine", 1, 4),
     "eval_tokens_cosine": ("agreement of tokens, cosine", 1, 4),
+    "eval_class_agreement": ("held-out images put into the teacher's class, %", 100, 2),
     "eval_roi_center_spread": ("spread of region centres over images, image sizes", 1, 3),
     "eval_roi_area": ("area of a region, % of the image", 100, 2),
     "eval_roi_points_outside": ("sampling points outside the image, %", 100, 2),

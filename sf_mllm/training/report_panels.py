@@ -34,6 +34,7 @@ def make_sections(runs: Sequence[RunData]) -> dict[str, list[Panel]]:
         "Losses, and agreement with the teacher on held-out images": [
             *_split("Loss", losses, runs),
             *_split("Cosine", {"eval_embedding_cosine": "embedding", "eval_tokens_cosine": "tokens"}, runs),
+            *_split("Same class", {"eval_class_agreement": ""}, runs, is_share=True),
         ],
         "Training": [
             *_split("Learning rate", {"learning_rate": ""}, runs),

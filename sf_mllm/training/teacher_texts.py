@@ -121,11 +121,11 @@ def _ask_head(teacher: TimmTeacher, tasks: Sequence[ZeroShotTask], device: str |
     number_of = _number_classes(names, teacher.vit.pretrained_cfg.get("label_names"))
     for task in tasks:
         unknown = [text for text in task.texts if text not in number_of]
-        if unknown or not task.are_class_names:
-            what = f"'{unknown[0]}' is none of its classes" if unknown else f"task '{task.name}' asks for texts"
+        if unknown:
             raise InputError(
-                f"The teacher is a classifier, and {what}; set evaluation.zero_shot to a folder that holds folders of "
-                f"images named after its classes (for example '{names[0]}') or numbered from 0 to {len(names) - 1}."
+                f"The teacher is a classifier, and '{unknown[0]}' is none of its classes; set evaluation.zero_shot to "
+                f"a folder that holds folders of images named after its classes (for example '{names[0]}') or numbered "
+                f"from 0 to {len(names) - 1}."
             )
 
     def encode(texts: list[str]) -> Tensor:

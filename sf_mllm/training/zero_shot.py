@@ -81,7 +81,9 @@ class ZeroShotScorer:
         """
         right = torch.zeros(len(self.tasks), dtype=torch.int64, device=self.device)
         for number, (task, text_features) in enumerate(zip(self.tasks, self._text_features, strict=True)):
-            for indices in torch.arange(part, len(task), num_parts).split(_CHUNK):
+            for indices in torch.arange(len(task))[part::num_parts].split(_CHUNK):
+                if not len(indices):  # fewer samples than parts
+                    continue
                 pixels = task.images.pixels(indices, self.image_size, self.device)
                 similarity = F.normalize(encode_images(pixels).float(), dim=-1) @ text_features.T  # [B, T]
                 choices = task.choices[indices].to(self.device)  # [B, C]
