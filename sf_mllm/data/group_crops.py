@@ -1,8 +1,9 @@
 """Every image of a run once, group by group, with its crops: what a teacher store is made of."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -19,6 +20,9 @@ from sf_mllm.data.tar_shards import TarShards
 from sf_mllm.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+_IMAGES_A_CHUNK = 8
+"""Few enough that the batches made of chunks need not wait long, enough that passing them on costs little."""
 
 
 class GroupedImage(NamedTuple):
@@ -139,15 +143,11 @@ class Chunk:
     group: str
     keys: list[ImageKey]
     crops: list[list[Crop]]
-    pixel_values: Tensor
-    """[M, K, 3, H, W], uint8, of the M images that a chunk can hold; those after the last key are black."""
+    pixel_values: list[Tensor]
+    """[K, 3, H, W], uint8, of each image."""
     num_unreadable: int
     is_last: bool
     """Nothing of the group follows from the same worker."""
-
-    def pin_memory(self) -> "Chunk":
-        """Let the pixels go to a GPU without a wait; called by the data loader."""
-        return replace(self, pixel_values=self.pixel_values.pin_memory())
 
 
 class GroupCrops(IterableDataset[Chunk]):
@@ -161,7 +161,6 @@ class GroupCrops(IterableDataset[Chunk]):
         crops: what is cut out of an image.
         resolution: of the crops.
         color_jitter: see `CropSettings`.
-        images_per_chunk: most images of a chunk.
     """
 
     def __init__(
@@ -172,31 +171,23 @@ class GroupCrops(IterableDataset[Chunk]):
         crops: RandomCrops | WholeImage,
         resolution: Resolution,
         color_jitter: float,
-        images_per_chunk: int,
     ) -> None:
         self.groups, self.names, self.crops = groups, names, crops
-        self.resolution, self.color_jitter, self.images_per_chunk = resolution, color_jitter, images_per_chunk
+        self.resolution, self.color_jitter = resolution, color_jitter
 
     def __iter__(self) -> Iterator[Chunk]:
         """Yield the chunks of this worker; of each group at least one, the last."""
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for name in self.names:
-            chunk = self._begin(name)
-            for number, image in enumerate(self.groups.read(name)):
-                if number % step != first:
-                    continue
-                if len(chunk.keys) == self.images_per_chunk:
+            chunk = Chunk(name, [], [], [], num_unreadable=0, is_last=False)
+            for image in itertools.islice(self.groups.read(name), first, None, step):
+                if len(chunk.keys) == _IMAGES_A_CHUNK:
                     yield chunk
-                    chunk = self._begin(name)
+                    chunk = Chunk(name, [], [], [], num_unreadable=0, is_last=False)
                 self._add(chunk, image)
             chunk.is_last = True
             yield chunk
-
-    def _begin(self, name: str) -> Chunk:
-        height, width = self.resolution
-        pixels = torch.zeros(self.images_per_chunk, self.crops.count, 3, height, width, dtype=torch.uint8)
-        return Chunk(name, [], [], pixels, num_unreadable=0, is_last=False)
 
     def _add(self, chunk: Chunk, image: GroupedImage) -> None:
         try:
@@ -206,7 +197,8 @@ class GroupCrops(IterableDataset[Chunk]):
             chunk.num_unreadable += 1
             return
         crops = self.crops(decoded.size, image.key)
-        for number, crop in enumerate(crops):
-            chunk.pixel_values[len(chunk.keys), number] = cut(decoded, crop, self.resolution, self.color_jitter)
         chunk.keys.append(image.key)
         chunk.crops.append(crops)
+        chunk.pixel_values.append(
+            torch.stack([cut(decoded, crop, self.resolution, self.color_jitter) for crop in crops])
+        )

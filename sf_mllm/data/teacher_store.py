@@ -125,8 +125,9 @@ class TeacherStore:
         return cls(directory, description)
 
     def __str__(self) -> str:
-        content, layout = self.description["content"], self.description["layout"]
-        return f"{content['crops']} crops of {content['images']} images, at most {layout['store.grid']} patches a side"
+        content = self.description["content"]
+        grid = content["grid"]
+        return f"{content['crops']} crops of {content['images']} images, {grid}x{grid} patch features each"
 
     def refuse_other_origin(self, origin: dict[str, Any]) -> None:
         """Raise unless the store was made with what a run has.

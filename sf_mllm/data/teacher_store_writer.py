@@ -18,6 +18,7 @@ from sf_mllm.data.images import HELD_OUT
 from sf_mllm.data.teacher_store import (
     DESCRIPTION_FILE,
     VERSION,
+    bytes_per_crop,
     checksum,
     describe_differences,
     encode_crop,
@@ -139,7 +140,7 @@ class StoreWriter:
         """Complete the store if every group is there, whichever process wrote it; otherwise do nothing.
 
         Returns:
-            What the store holds, {"images", "crops", "unreadable_images", "bytes"}, or None.
+            What the store holds, {"images", "crops", "unreadable_images", "grid", "bytes_per_crop", "bytes"}, or None.
         """
         if self.missing:
             return None
@@ -148,10 +149,18 @@ class StoreWriter:
             path = self.directory / name
             sizes[name] = path.stat().st_size
             with safe_open(path, framework="np") as file:
-                shape = file.get_slice("checksums").get_shape()
+                num_images, num_crops, embedding_size = file.get_slice("embedding").get_shape()
+                grid, width = file.get_slice("patches").get_shape()[-2:]
                 unreadable += int(file.metadata()["unreadable"])
-            images, crops = images + shape[0], crops + shape[0] * shape[1]
-        content = {"images": images, "crops": crops, "unreadable_images": unreadable, "bytes": sum(sizes.values())}
+            images, crops = images + num_images, crops + num_images * num_crops
+        content = {
+            "images": images,
+            "crops": crops,
+            "unreadable_images": unreadable,
+            "grid": grid,
+            "bytes_per_crop": bytes_per_crop(embedding_size, width, grid),
+            "bytes": sum(sizes.values()),
+        }
         description = {**self.description, "content": content, "files": sizes}
         write_text_atomically(self.directory / DESCRIPTION_FILE, _to_json(description))
         self.description = description

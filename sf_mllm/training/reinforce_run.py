@@ -1,17 +1,19 @@
 """From a run's configuration to a teacher store: every image is decoded once, every stored crop seen once."""
 
+import itertools
 import logging
-from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from sf_mllm.data.augment import Resolution
+from sf_mllm.data.augment import Crop, ImageKey, Resolution
 from sf_mllm.data.group_crops import (
     Chunk,
     GroupCrops,
@@ -33,7 +35,7 @@ from sf_mllm.training.bootstrap_task import BootstrapTask
 from sf_mllm.training.reinforce_progress import ReinforceProgress
 from sf_mllm.training.run_folder import strip_worker_traceback
 from sf_mllm.training.store_origin import describe_origin
-from sf_mllm.training.teachers import load_teacher
+from sf_mllm.training.teachers import TeacherOutput, load_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -97,16 +99,27 @@ def _training_groups(images: RunImages) -> ImageGroups:
     return NumberedGroups(images.source, images.training)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Part:
-    """What is known of a group so far."""
+    """A group under way."""
 
-    chunks: list[Chunk] = field(default_factory=list)
-    """Without their pixels."""
+    group: str
+    keys: list[ImageKey] = field(default_factory=list)
+    crops: list[list[Crop]] = field(default_factory=list)
     outputs: list[dict[str, Tensor]] = field(default_factory=list)
-    """Of the teacher, on its device."""
+    """Of the teacher, on its device; [n, K, ...] each."""
+    num_unreadable: int = 0
+    num_waiting: int = 0
+    """Images that the teacher has not seen."""
     num_finished: int = 0
     """Workers that have nothing to add."""
+
+
+class _Waiting(NamedTuple):
+    """An image that the teacher has not seen."""
+
+    part: _Part
+    pixel_values: Tensor
 
 
 class _StoreMaker:
@@ -133,7 +146,7 @@ class _StoreMaker:
         self.num_seen = self.num_unreadable = 0
         task.teacher.to(arguments.device)
         if arguments.torch_compile:
-            task.teacher.compile()
+            task.teacher.compile(backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
         self.has_described_cost = False
 
     def make(self, groups: ImageGroups, crops: RandomCrops | WholeImage, resolution: Resolution) -> None:
@@ -150,81 +163,49 @@ class _StoreMaker:
             logger.info("%d of %d groups are there already.", len(mine) - len(names), len(mine))
         if not names:
             return
-        # Whole images and random crops fill equal batches, so that a compiled teacher is compiled once.
-        images_per_chunk = max(1, self.arguments.per_device_eval_batch_size // self.config.store.crops)
-        images_per_chunk *= self.config.store.crops // crops.count
-        chunks = DataLoader(
-            GroupCrops(
-                groups,
-                names,
-                crops=crops,
-                resolution=resolution,
-                color_jitter=self.config.data.color_jitter,
-                images_per_chunk=images_per_chunk,
-            ),
-            batch_size=None,
-            num_workers=self.arguments.dataloader_num_workers,
-            pin_memory=self.arguments.device.type == "cuda",
+        num_workers = self.arguments.dataloader_num_workers
+        dataset = GroupCrops(
+            groups, names, crops=crops, resolution=resolution, color_jitter=self.config.data.color_jitter
         )
         progress = ReinforceProgress(len(names), len(groups.names), groups.num_images, crops.count)
-        parts: dict[str, _Part] = defaultdict(_Part)
+        # Whole images and random crops fill equal batches, so that a compiled teacher is compiled once.
+        num_crops = self.config.store.crops
+        batch_size = max(num_crops, self.arguments.per_device_eval_batch_size // num_crops * num_crops)
+        shape = (batch_size // crops.count, crops.count, 3, *resolution)
+        parts: dict[str, _Part] = {}
+        waiting: list[_Waiting] = []
+        written: Future[None] | None = None
         with ThreadPoolExecutor(max_workers=1) as pool:  # the teacher goes on while a file is written
-            written: Future[None] | None = None
-            for chunk in chunks:
-                progress.add(len(chunk.keys))
-                self._count_unreadable(chunk)
-                part = parts[chunk.group]
-                if chunk.keys or not part.outputs:  # of a group without images the sizes are still wanted
-                    part.outputs.append(self._ask(chunk))
-                chunk.pixel_values = chunk.pixel_values[:0]
-                part.chunks.append(chunk)
-                part.num_finished += chunk.is_last
-                if part.num_finished == max(1, self.arguments.dataloader_num_workers):
+            for chunk in itertools.chain(DataLoader(dataset, batch_size=None, num_workers=num_workers), [None]):
+                if chunk is not None:
+                    part = parts.setdefault(chunk.group, _Part(chunk.group))
+                    self._take(chunk, part)
+                    waiting += [_Waiting(part, pixels) for pixels in chunk.pixel_values]
+                    progress.add(len(chunk.keys))
+                while len(waiting) >= shape[0] or (waiting and chunk is None):
+                    self._ask(waiting[: shape[0]], shape)
+                    waiting = waiting[shape[0] :]
+                for part in [p for p in parts.values() if p.num_finished == max(1, num_workers) and not p.num_waiting]:
+                    if not part.outputs:  # no image can be read; the sizes are wanted all the same
+                        part.outputs.append(self._encode(torch.zeros(shape, dtype=torch.uint8), 0))
                     if written is not None:
                         written.result()
-                    written = pool.submit(self._write, chunk.group, parts.pop(chunk.group), progress)
+                    written = pool.submit(self._write, parts.pop(part.group), progress)
             if written is not None:
                 written.result()
         progress.report()
 
-    @torch.no_grad()
-    def _ask(self, chunk: Chunk) -> dict[str, Tensor]:
-        """Return the teacher's outputs on the crops of a chunk, [n, K, ...] each."""
-        num_images, num_crops = chunk.pixel_values.shape[:2]
-        pixels = chunk.pixel_values.flatten(0, 1).to(self.arguments.device, non_blocking=True)
-        dtype = torch.bfloat16 if self.arguments.bf16 else torch.float16
-        with torch.autocast(pixels.device.type, dtype=dtype, enabled=self.arguments.bf16 or self.arguments.fp16):
-            output = self.task.targets({"pixel_values": pixels})
-        patches, scales = quantise(output.feature_map, min(self.config.store.grid, output.feature_map.shape[-1]))
-        if not self.has_described_cost:
-            self.has_described_cost = True
-            grid, width = patches.shape[2:]
-            logger.info(
-                "A crop takes %d bytes: an embedding of %d numbers and %dx%d patch features of %d (of the teacher's "
-                "%dx%d); rounding them to 8 bits changes them by %.2g%%.",
-                bytes_per_crop(output.embedding.shape[1], width, grid),
-                output.embedding.shape[1],
-                grid,
-                grid,
-                width,
-                *output.feature_map.shape[-2:],
-                100 * rounding_error(output.feature_map, patches, scales),
-            )
-        tensors = {"embedding": output.embedding.half(), "patches": patches, "scales": scales}
-        shape = (num_images, num_crops)
-        return {name: tensor.unflatten(0, shape)[: len(chunk.keys)] for name, tensor in tensors.items()}
+    def _take(self, chunk: Chunk, part: _Part) -> None:
+        """Note what a chunk adds to its group.
 
-    def _write(self, group: str, part: _Part, progress: ReinforceProgress) -> None:
-        size = self.writer.write_group(
-            group,
-            [key for chunk in part.chunks for key in chunk.keys],
-            [crops for chunk in part.chunks for crops in chunk.crops],
-            **{name: torch.cat([output[name] for output in part.outputs]).cpu() for name in part.outputs[0]},
-            num_unreadable=sum(chunk.num_unreadable for chunk in part.chunks),
-        )
-        progress.add_file(size)
-
-    def _count_unreadable(self, chunk: Chunk) -> None:
+        Raises:
+            InputError: too many images cannot be read.
+        """
+        part.keys += chunk.keys
+        part.crops += chunk.crops
+        part.num_waiting += len(chunk.keys)
+        part.num_unreadable += chunk.num_unreadable
+        part.num_finished += chunk.is_last
         self.num_seen += len(chunk.keys) + chunk.num_unreadable
         self.num_unreadable += chunk.num_unreadable
         num_images = max(self.num_seen, _FIRST_IMAGES) if self.num_images is None else self.num_images
@@ -234,3 +215,45 @@ class _StoreMaker:
                 f"{self.num_unreadable} of {num_images} images cannot be read, {allowed} are allowed; remove them or "
                 "raise data.max_unreadable_share."
             )
+
+    def _ask(self, images: Sequence[_Waiting], shape: Sequence[int]) -> None:
+        """Show images to the teacher in one batch, filled up with black ones, and add its outputs to their groups."""
+        pixels = torch.zeros(shape, dtype=torch.uint8, pin_memory=self.arguments.device.type == "cuda")
+        for place, image in enumerate(images):
+            pixels[place] = image.pixel_values
+        outputs = self._encode(pixels, len(images))
+        begin = 0
+        for part, same in itertools.groupby(image.part for image in images):  # images of a group follow each other
+            end = begin + len(list(same))
+            part.outputs.append({name: tensor[begin:end] for name, tensor in outputs.items()})
+            part.num_waiting -= end - begin
+            begin = end
+
+    @torch.no_grad()
+    def _encode(self, pixels: Tensor, num_images: int) -> dict[str, Tensor]:
+        """Return the teacher's outputs on the first images of a batch [M, K, 3, H, W], [num_images, K, ...] each."""
+        images = pixels.flatten(0, 1).to(self.arguments.device, non_blocking=True)
+        dtype = torch.bfloat16 if self.arguments.bf16 else torch.float16
+        with torch.autocast(images.device.type, dtype=dtype, enabled=self.arguments.bf16 or self.arguments.fp16):
+            output = self.task.targets({"pixel_values": images})
+        patches, scales = quantise(output.feature_map, min(self.config.store.grid, output.feature_map.shape[-1]))
+        self._describe_cost(output, patches, scales)
+        tensors = {"embedding": output.embedding.half(), "patches": patches, "scales": scales}
+        return {name: tensor.unflatten(0, pixels.shape[:2])[:num_images] for name, tensor in tensors.items()}
+
+    def _describe_cost(self, output: TeacherOutput, patches: Tensor, scales: Tensor) -> None:
+        if self.has_described_cost:
+            return
+        self.has_described_cost = True
+        size, grid, width = output.embedding.shape[1], *patches.shape[2:]
+        logger.info(
+            "A crop takes %d bytes: an embedding of %d numbers and %dx%d patch features of %d (of the teacher's "
+            "%dx%d); rounding them to 8 bits changes them by %.2g%%.",
+            bytes_per_crop(size, width, grid), size, grid, grid, width, *output.feature_map.shape[-2:],
+            100 * rounding_error(output.feature_map, patches, scales),
+        )  # fmt: skip
+
+    def _write(self, part: _Part, progress: ReinforceProgress) -> None:
+        outputs = {name: torch.cat([output[name] for output in part.outputs]).cpu() for name in part.outputs[0]}
+        size = self.writer.write_group(part.group, part.keys, part.crops, **outputs, num_unreadable=part.num_unreadable)
+        progress.add_file(size)

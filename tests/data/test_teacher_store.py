@@ -74,11 +74,14 @@ def test_what_is_written_is_read(directory):
 def test_cost_and_content_are_recorded(directory):
     content = TeacherStore.open(directory).description["content"]
     size = sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
-    assert content == {"images": 6, "crops": 14, "unreadable_images": 1, "bytes": size}
+    cost = bytes_per_crop(SIZE, WIDTH, GRID)
+    assert content == {
+        "images": 6, "crops": 14, "unreadable_images": 1, "grid": GRID, "bytes_per_crop": cost, "bytes": size,
+    }  # fmt: skip
     # What remains is the header and the index of each file.
     index = 8 * (6 + 2 + 2)
     headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in directory.rglob("*.safetensors"))
-    assert size - index - headers == 14 * bytes_per_crop(SIZE, WIDTH, GRID)
+    assert size - index - headers == 14 * cost
 
 
 @pytest.mark.parametrize(
