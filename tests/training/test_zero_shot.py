@@ -39,13 +39,12 @@ def score(task, image_features, text_features, prompts=("{}",)):
 
 def test_the_nearest_candidate_of_each_sample_is_the_answer():
     vectors = {"x": [1.0, 0.0], "y": [0.0, 9.0], "z": [1.0, 1.0]}  # lengths play no part
-    task = ZeroShotTask.from_texts(
-        "t", Numbers(4), [["x", "y"], ["x", "y"], ["x", "y", "z"], ["y", "x", "z"]], [0, 1, 2, 0]
-    )
-    images = torch.tensor([[2.0, 1.0], [2.0, 1.0], [2.0, 1.5], [0.1, 1.0]])
+    choices = [["x", "y"], ["x", "y"], ["x", "y", "z"], ["y", "x", "z"], ["y", "z"]]
+    task = ZeroShotTask.from_texts("t", Numbers(5), choices, [0, 1, 2, 0, 1])
+    images = torch.tensor([[2.0, 1.0], [2.0, 1.0], [2.0, 1.5], [0.1, 1.0], [1.0, 0.1]])
     _, result = score(task, images, lambda texts: torch.tensor([vectors[text] for text in texts]))
-    # The second image is nearest to z among all texts, but z is none of its candidates: x, which is wrong.
-    assert result == ZeroShotResult("t", 0.75, 4, pytest.approx((1 / 2 + 1 / 2 + 1 / 3 + 1 / 3) / 4))
+    # The second is wrong. It is nearest to z among all texts and the last to x, but these are none of their candidates.
+    assert result == ZeroShotResult("t", 0.8, 5, pytest.approx((3 / 2 + 2 / 3) / 5))
 
 
 def test_class_names_in_prompts_are_scored_as_open_clip_does_it():
