@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -141,12 +141,14 @@ class Chunk:
     """K crops of each of some images of one group."""
 
     group: str
-    keys: list[ImageKey]
-    crops: list[list[Crop]]
-    pixel_values: list[Tensor]
+    keys: list[ImageKey] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """(width, height) of each image."""
+    crops: list[list[Crop]] = field(default_factory=list)
+    pixel_values: list[Tensor] = field(default_factory=list)
     """[K, 3, H, W], uint8, of each image."""
-    num_unreadable: int
-    is_last: bool
+    num_unreadable: int = 0
+    is_last: bool = False
     """Nothing of the group follows from the same worker."""
 
 
@@ -180,11 +182,11 @@ class GroupCrops(IterableDataset[Chunk]):
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for name in self.names:
-            chunk = Chunk(name, [], [], [], num_unreadable=0, is_last=False)
+            chunk = Chunk(name)
             for image in itertools.islice(self.groups.read(name), first, None, step):
                 if len(chunk.keys) == _IMAGES_A_CHUNK:
                     yield chunk
-                    chunk = Chunk(name, [], [], [], num_unreadable=0, is_last=False)
+                    chunk = Chunk(name)
                 self._add(chunk, image)
             chunk.is_last = True
             yield chunk
@@ -198,6 +200,7 @@ class GroupCrops(IterableDataset[Chunk]):
             return
         crops = self.crops(decoded.size, image.key)
         chunk.keys.append(image.key)
+        chunk.sizes.append(decoded.size)
         chunk.crops.append(crops)
         chunk.pixel_values.append(
             torch.stack([cut(decoded, crop, self.resolution, self.color_jitter) for crop in crops])

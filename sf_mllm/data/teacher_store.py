@@ -9,13 +9,14 @@ A group is a shard of a stream or 1,024 neighbours of an indexed source; the hel
 Its file holds I images with K crops each (K is 1 for held-out images, which are taken whole):
 
     index      [R], int64            place of each row of the group among the I images, -1 for rows without targets
-    crops      [I, K, 6], int64      top, left, height, width, flip, jitter seed (-1: none), see `augment.Crop`
+    crops      [I, K, 8], int64      width and height of the image, then of the crop top, left, height, width, flip,
+                                     jitter seed (-1: none), see `augment.Crop`
     embedding  [I, K, E], fp16       the teacher's image embedding
     patches    [I, K, G, G, D], int8 its normalised last patch features, averaged to a G x G grid
     scales     [I, K, G, G], fp16    one a vector: patches * scales are the features
     checksums  [I, K], int64         CRC-32 of one crop's place and content
 
-So a crop costs 2 E + G^2 (D + 2) + 56 bytes. `teacher_store_writer` makes such directories.
+So a crop costs 2 E + G^2 (D + 2) + 72 bytes. `teacher_store_writer` makes such directories.
 
 After: arXiv 2311.17049, the reinforced data sets of MobileCLIP, which hold embeddings; patch features are added here.
 """
@@ -43,7 +44,7 @@ _PARTS = ("index", "checksums", *_CHECKED_PARTS)
 
 def bytes_per_crop(embedding_size: int, width: int, grid: int) -> int:
     """Disk cost of one crop: embedding, patches with their scales, box and checksum."""
-    return 2 * embedding_size + grid**2 * (width + 2) + 56
+    return 2 * embedding_size + grid**2 * (width + 2) + 72
 
 
 def quantise(feature_map: Tensor, grid: int) -> tuple[Tensor, Tensor]:
@@ -145,19 +146,20 @@ class TeacherStore:
                 "or make a store for this run in another directory."
             )
 
-    def read(self, key: ImageKey, epoch: int) -> tuple[Crop, dict[str, Tensor]]:
+    def read(self, key: ImageKey, epoch: int, image_size: tuple[int, int]) -> tuple[Crop, dict[str, Tensor]]:
         """Return one crop of an image and what the teacher says about it.
 
         Args:
             key: of the image.
             epoch: takes crop `epoch` modulo K.
+            image_size: (width, height), to make sure that it is the image that the store was made of.
 
         Returns:
             The crop, and {"teacher_embedding": [E], fp16, "teacher_patches": [G, G, D], int8, "teacher_scales":
             [G, G], fp16}, which a data loader collates and `dequantise` reads.
 
         Raises:
-            InputError: the store has nothing of this image, or what it has is damaged.
+            InputError: the store has nothing of this image or another image in its place, or what it has is damaged.
         """
         tensors = self._open_group(key.group)
         place = int(tensors["index"][key.row]) if key.row < tensors["index"].get_shape()[0] else -1
@@ -174,7 +176,13 @@ class TeacherStore:
                 f"The teacher store '{self.directory}' is damaged: the content of {name} is not what was "
                 "written; delete that file, and the command that made the store makes it again."
             )
-        crop = decode_crop(parts.pop("crops"))
+        stored_size, crop = decode_crop(parts.pop("crops"))
+        if stored_size != image_size:
+            before, now = ("x".join(map(str, size)) for size in (stored_size, image_size))
+            raise InputError(
+                f"Image {key.row} of group '{key.group}' had {before} pixels when the teacher store '{self.directory}' "
+                f"was made and has {now} now; make another store of these images."
+            )
         return crop, {f"teacher_{name}": torch.from_numpy(part) for name, part in parts.items()}
 
     def _open_group(self, group: str) -> dict[str, Any]:
@@ -214,12 +222,12 @@ class StoredViews:
 
     def cut(self, image: Image.Image, key: ImageKey, epoch: int, resolution: Resolution) -> dict[str, Tensor]:
         """Return {"pixel_values": [3, H, W], uint8} and the teacher's outputs, see `TeacherStore.read`."""
-        crop, targets = self.store.read(key, epoch)
+        crop, targets = self.store.read(key, epoch, image.size)
         return {"pixel_values": cut(image, crop, resolution, self.color_jitter), **targets}
 
     def whole(self, image: Image.Image, key: ImageKey, resolution: Resolution) -> dict[str, Tensor]:
         """Return {"pixel_values": [3, H, W], uint8}, the whole image, and the teacher's outputs."""
-        return {"pixel_values": squeeze(image, resolution), **self.store.read(key, epoch=0)[1]}
+        return {"pixel_values": squeeze(image, resolution), **self.store.read(key, 0, image.size)[1]}
 
 
 def read_description(directory: Path) -> dict[str, Any] | None:
@@ -268,15 +276,15 @@ def checksum(key: ImageKey, crop_number: int, parts: dict[str, np.ndarray]) -> i
     return value
 
 
-def encode_crop(crop: Crop) -> list[int]:
-    """Six numbers for `Crop`."""
-    return [*crop[:4], int(crop.flip), -1 if crop.jitter is None else crop.jitter]
+def encode_crop(image_size: tuple[int, int], crop: Crop) -> list[int]:
+    """Eight numbers for a crop of an image of (width, height)."""
+    return [*image_size, *crop[:4], int(crop.flip), -1 if crop.jitter is None else crop.jitter]
 
 
-def decode_crop(numbers: np.ndarray) -> Crop:
+def decode_crop(numbers: np.ndarray) -> tuple[tuple[int, int], Crop]:
     """Undo `encode_crop`."""
-    top, left, height, width, flip, jitter = numbers.tolist()
-    return Crop(top, left, height, width, bool(flip), None if jitter < 0 else jitter)
+    image_width, image_height, top, left, height, width, flip, jitter = numbers.tolist()
+    return (image_width, image_height), Crop(top, left, height, width, bool(flip), None if jitter < 0 else jitter)
 
 
 def _how_to_make(directory: Path) -> str:

@@ -77,6 +77,7 @@ class StoreWriter:
         self,
         group: str,
         keys: Sequence[ImageKey],
+        sizes: Sequence[tuple[int, int]],
         crops: Sequence[Sequence[Crop]],
         embedding: Tensor,
         patches: Tensor,
@@ -89,6 +90,7 @@ class StoreWriter:
         Args:
             group: its name.
             keys: of the I images, in any order.
+            sizes: (width, height) of each image.
             crops: K for each image.
             embedding: [I, K, E]; stored in fp16.
             patches: [I, K, G, G, D], int8, from `quantise`.
@@ -109,9 +111,9 @@ class StoreWriter:
         rows = torch.tensor([keys[i].row for i in order], dtype=torch.int64)
         index = torch.full((int(rows.max()) + 1 if len(rows) else 0,), -1)
         index[rows] = torch.arange(len(rows))
-        encoded = torch.tensor([[encode_crop(crop) for crop in crops[i]] for i in order], dtype=torch.int64)
+        encoded = torch.tensor([[encode_crop(sizes[i], crop) for crop in crops[i]] for i in order], dtype=torch.int64)
         tensors = {
-            "crops": encoded.reshape(*embedding.shape[:2], 6),
+            "crops": encoded.reshape(*embedding.shape[:2], 8),
             "embedding": embedding[order],
             "patches": patches[order],
             "scales": scales[order],

@@ -105,6 +105,7 @@ class _Part:
 
     group: str
     keys: list[ImageKey] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
     crops: list[list[Crop]] = field(default_factory=list)
     outputs: list[dict[str, Tensor]] = field(default_factory=list)
     """Of the teacher, on its device; [n, K, ...] each."""
@@ -202,6 +203,7 @@ class _StoreMaker:
             InputError: too many images cannot be read.
         """
         part.keys += chunk.keys
+        part.sizes += chunk.sizes
         part.crops += chunk.crops
         part.num_waiting += len(chunk.keys)
         part.num_unreadable += chunk.num_unreadable
@@ -255,5 +257,7 @@ class _StoreMaker:
 
     def _write(self, part: _Part, progress: ReinforceProgress) -> None:
         outputs = {name: torch.cat([output[name] for output in part.outputs]).cpu() for name in part.outputs[0]}
-        size = self.writer.write_group(part.group, part.keys, part.crops, **outputs, num_unreadable=part.num_unreadable)
+        size = self.writer.write_group(
+            part.group, part.keys, part.sizes, part.crops, **outputs, num_unreadable=part.num_unreadable
+        )
         progress.add_file(size)

@@ -23,6 +23,7 @@ def make_group(name, rows, num_crops=CROPS, seed=0):
     patches, scales = quantise(torch.randn(images * num_crops, WIDTH, 4, 4, generator=generator), GRID)
     return {
         "keys": [ImageKey(name, row) for row in rows],
+        "sizes": [(100 + row, 90) for row in rows],
         "crops": [
             [Crop(row, k, 30 + row, 20 + k, bool(k % 2), 2**62 + row if k else None) for k in range(num_crops)]
             for row in rows
@@ -60,7 +61,7 @@ def test_what_is_written_is_read(directory):
         num_crops = content["embedding"].shape[1]
         for place, key in enumerate(content["keys"]):
             for epoch in range(7):
-                crop, targets = store.read(key, epoch)
+                crop, targets = store.read(key, epoch, (100 + key.row, 90))
                 number = epoch % num_crops
                 assert crop == content["crops"][place][number]
                 expected = {
@@ -117,13 +118,14 @@ def test_a_map_of_zeros_and_a_map_of_the_grid_s_size():
 class Reads(Dataset):
     def __init__(self, store):
         self.store = store
-        store.read(ImageKey("a.tar", 0), 0)  # open before the workers start
+        store.read(ImageKey("a.tar", 0), 0, (100, 90))  # open before the workers start
 
     def __len__(self):
         return 6
 
     def __getitem__(self, index):
-        return self.store.read(ImageKey("a.tar", (2, 0, 5)[index % 3]), index // 3)[1]
+        row = (2, 0, 5)[index % 3]
+        return self.store.read(ImageKey("a.tar", row), index // 3, (100 + row, 90))[1]
 
 
 def test_workers_read_the_same(directory):
@@ -195,7 +197,7 @@ def test_missing_and_truncated_files_are_refused_at_once_and_made_again(director
     with pytest.raises(InputError, match=r"000001.safetensors is missing"):
         TeacherStore.open(directory)
     assert write(directory).finish()
-    assert TeacherStore.open(directory).read(ImageKey("b.tar", 1), 0)
+    assert TeacherStore.open(directory).read(ImageKey("b.tar", 1), 0, (101, 90))
 
 
 @pytest.mark.parametrize("name", ["index", "crops", "embedding", "patches", "scales", "checksums"])
@@ -210,14 +212,19 @@ def test_changed_content_is_refused_when_read(directory, name):
     store = TeacherStore.open(directory)
     with pytest.raises(InputError, match=r"content of groups/000000.safetensors is not what was written"):
         for row in (0, 2, 5):
-            store.read(ImageKey("a.tar", row), 0)
+            store.read(ImageKey("a.tar", row), 0, (100 + row, 90))
 
 
 def test_a_file_that_is_no_safetensors_is_refused_when_read(directory):
     path = directory / "groups" / "000000.safetensors"
     path.write_bytes(b"\xff" * path.stat().st_size)
     with pytest.raises(InputError, match=r"groups/000000.safetensors cannot be read \("):
-        TeacherStore.open(directory).read(ImageKey("a.tar", 0), 0)
+        TeacherStore.open(directory).read(ImageKey("a.tar", 0), 0, (100, 90))
+
+
+def test_another_image_in_its_place_is_refused(directory):
+    with pytest.raises(InputError, match=r"Image 2 of group 'a.tar' had 102x90 pixels when .* and has 90x102 now"):
+        TeacherStore.open(directory).read(ImageKey("a.tar", 2), 0, (90, 102))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +237,7 @@ def test_a_file_that_is_no_safetensors_is_refused_when_read(directory):
 )
 def test_an_image_without_targets_is_refused(directory, group, row, message):
     with pytest.raises(InputError, match=message):
-        TeacherStore.open(directory).read(ImageKey(group, row), 0)
+        TeacherStore.open(directory).read(ImageKey(group, row), 0, (100 + row, 90))
 
 
 def test_a_group_without_images_is_possible(tmp_path):

@@ -76,10 +76,11 @@ def shards(image_folder, tmp_path):
 
 def test_stored_targets_are_what_the_teacher_says_about_the_same_pixels(run_file, small_groups):
     """The first epochs of a run with a store show the crops of a run without; then they come again."""
-    config = read(run_file, "train.max_steps=11", "train.per_device_train_batch_size=4")
+    overrides = ("train.max_steps=11", "data.color_jitter=0.4")
+    config = read(run_file, *overrides)
     make_store(config)
     trainer, stored, held_out = datasets_of(config)
-    online = read(run_file, "store.path=null", f"output_dir={run_file.parent / 'b'}", *("train.max_steps=11",))
+    online = read(run_file, "store.path=null", f"output_dir={run_file.parent / 'b'}", *overrides)
     _, drawn, held_out_online = datasets_of(online)
     task = trainer.task
     for with_store, without in ((stored, drawn), (held_out, held_out_online)):
@@ -131,7 +132,8 @@ def test_a_run_with_a_store_never_asks_the_teacher_and_learns(run_file, monkeypa
     overrides = ("train.max_steps=60", "train.logging_steps=5", "data.min_crop_area=0.9", "data.flip=false")
     config = read(run_file, *overrides)
     make_store(config)
-    monkeypatch.setattr("sf_mllm.training.teachers.OpenClipTeacher.forward", None)
+    for method in ("forward", "to", "compile"):  # it does not even leave the CPU
+        monkeypatch.setattr(f"sf_mllm.training.teachers.OpenClipTeacher.{method}", None)
     assert bootstrap.main([str(run_file), *STORE, f"store.path={config.store.path}", *overrides]) == 0
     assert "The teacher's outputs come from" in caplog.text
     rows = rows_of(config.output_dir)
@@ -223,6 +225,19 @@ def test_images_that_cannot_be_read_are_counted_and_bounded(run_file, tmp_path, 
     assert reinforce.main([*command, "data.max_unreadable_share=0.02"]) == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: 1 of 30 images cannot be read, 0 are allowed")
+
+
+def test_a_group_that_cannot_be_read_leaves_the_others_usable(run_file, small_groups, tmp_path, image_folder):
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    for path in sorted(path for path in folder.rglob("*.png"))[4:8]:
+        path.write_bytes(b"no image")
+    config = read(run_file, f"data.images={folder}", "data.max_unreadable_share=0.4")
+    store = TeacherStore.open(make_store(config))
+    content = store.description["content"]
+    assert (content["images"], content["unreadable_images"]) == (10, 4)
+    assert load_file(store.directory / store.description["groups"]["000001"])["patches"].shape == (0, 3, 2, 2, 32)
+    run_bootstrap(config)
 
 
 @pytest.mark.parametrize(
