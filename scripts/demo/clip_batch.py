@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from scripts.demo.scene_supervision import make_twins
+from sf_mllm.data.scene_caption_edits import wrong_captions
 from sf_mllm.data.scene_captions import (
-    PHRASE_LENGTH,
-    SHORT_LENGTH,
     Captions,
     all_phrases,
     count_captions,
@@ -17,11 +16,12 @@ from sf_mllm.data.scene_captions import (
     may_hold,
     phrases_hold,
     relation_captions,
-    tokenize,
-    wrong_captions,
 )
+from sf_mllm.data.scene_domains import DOMAINS
+from sf_mllm.data.scene_draws import Draws
 from sf_mllm.data.scene_render import render
-from sf_mllm.data.scene_sampling import Draws, Scenes, ScenesConfig, concatenate, sample_scenes
+from sf_mllm.data.scene_sampling import Scenes, ScenesConfig, concatenate, sample_scenes
+from sf_mllm.data.scene_words import tokenize
 
 IMAGE_SIZE = 224
 WRONG_TEXTS = 3  # wrong versions of each caption
@@ -51,18 +51,19 @@ class Batch:
     scenes: Scenes
     pixels: Tensor  # [B, 3, H, W] uint8
     groups: list[CaptionGroup]  # as _CAPTION_KINDS
-    phrases: Tensor  # [P, PHRASE_LENGTH] tokens of every caption of one object
+    phrases: Tensor  # [P, phrase length of the domain] tokens of every caption of one object
     phrases_hold: Tensor  # [P, B] bool, which of them are true of which scene
 
     @property
     def lists(self) -> Tensor:
-        """Tokens of the lists: [(1 + WRONG_TEXTS) * B, CONTEXT_LENGTH]."""
+        """Tokens of the lists: [(1 + WRONG_TEXTS) * B, context length of the domain]."""
         return self.groups[0].tokens
 
     @property
     def short(self) -> Tensor:
-        """Tokens of all other captions: [3 * (1 + WRONG_TEXTS) * B, SHORT_LENGTH]."""
-        return torch.cat([group.tokens[:, :SHORT_LENGTH] for group in self.groups[1:]])
+        """Tokens of all other captions: [3 * (1 + WRONG_TEXTS) * B, short length of the domain]."""
+        length = DOMAINS[self.scenes.domain].short_length
+        return torch.cat([group.tokens[:, :length] for group in self.groups[1:]])
 
 
 class BatchMaker:
@@ -75,17 +76,20 @@ class BatchMaker:
         batch_size: originals and twins together.
         seed: of the run.
         device: to work on.
+        domain: of the scenes, one of DOMAINS.
         compiles: compile what is costly.
     """
 
-    def __init__(self, batch_size: int, seed: int, device: str, *, compiles: bool = False) -> None:
-        self.seed = seed
+    def __init__(
+        self, batch_size: int, seed: int, device: str, *, domain: str = "plain", compiles: bool = False
+    ) -> None:
+        self.seed, self.domain = seed, domain
         self.indices = torch.zeros(batch_size // 2, dtype=torch.int64, device=device)
         self._render = torch.compile(render, dynamic=False) if compiles else render
         self._may_hold = torch.compile(may_hold, dynamic=False) if compiles else may_hold
         self._phrases_hold = torch.compile(phrases_hold, dynamic=False) if compiles else phrases_hold
-        self._phrases = all_phrases(device)
-        self._phrase_tokens = tokenize(self._phrases)[:, :PHRASE_LENGTH]
+        self._phrases = all_phrases(device, domain)
+        self._phrase_tokens = tokenize(self._phrases)[:, : DOMAINS[domain].phrase_length]
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Batch]] = {}  # by the most objects in a scene
 
     def make(self, step: int, progress: float) -> Batch:
@@ -118,7 +122,8 @@ class BatchMaker:
         return graph, batch
 
     def _build(self, max_objects: int) -> Batch:
-        originals = sample_scenes(self.indices, ScenesConfig(seed=self.seed, max_objects=max_objects))
+        config = ScenesConfig(seed=self.seed, max_objects=max_objects, domain=self.domain)
+        originals = sample_scenes(self.indices, config)
         scenes = concatenate((originals, make_twins(originals, Draws(self.seed + _TWIN_SEED_OFFSET, self.indices))))
         indices = torch.cat((self.indices, self.indices))  # twins get captions of the same structure
         draws = Draws(self.seed + _CAPTION_SEED_OFFSET, indices)

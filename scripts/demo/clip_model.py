@@ -14,15 +14,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
-from sf_mllm.data.scene_captions import BOS, CONTEXT_LENGTH, EOS, PAD, WORDS
+from sf_mllm.data.scene_domains import DOMAINS
+from sf_mllm.data.scene_words import BOS, EOS, PAD, WORDS, as_word
 from sf_mllm.errors import InputError
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 HEAD_WIDTH = 64
 
 
-def model_config(width: int, layers: int, text_layers: int, embed_dim: int) -> dict[str, Any]:
-    """Return the content of `open_clip_config.json`; image and text tower have the same width."""
+def model_config(width: int, layers: int, text_layers: int, embed_dim: int, domain: str = "plain") -> dict[str, Any]:
+    """Return the content of `open_clip_config.json`; both towers have the same width, the context fits the domain."""
     return {
         "model_cfg": {
             "embed_dim": embed_dim,
@@ -34,7 +35,7 @@ def model_config(width: int, layers: int, text_layers: int, embed_dim: int) -> d
                 "head_width": HEAD_WIDTH,
             },
             "text_cfg": {
-                "context_length": CONTEXT_LENGTH,
+                "context_length": DOMAINS[domain].context_length,
                 "vocab_size": len(WORDS),
                 "hf_tokenizer_name": "tokenizer-in-this-directory",  # for a local-dir model any name means "this one"
                 "width": width,
@@ -64,18 +65,23 @@ def create_directory(directory: Path, config: dict[str, Any]) -> None:
         raise InputError(f"'{directory}' exists and is not an empty directory; give another --out or delete it.")
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    build_tokenizer().save_pretrained(directory)
+    build_tokenizer(config["model_cfg"]["text_cfg"]["context_length"]).save_pretrained(directory)
     # transformers 5 writes a class name that version 4 does not know; the older name loads in both.
     tokenizer_config = directory / "tokenizer_config.json"
     values = json.loads(tokenizer_config.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     tokenizer_config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the word tokenizer of scene captions; articles, "and" and punctuation are dropped."""
+def build_tokenizer(context_length: int) -> PreTrainedTokenizerFast:
+    """Build the word tokenizer of scene captions; articles, "and" and punctuation are dropped, a glyph is one word."""
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    glyph_nouns = ("digit", "digits", "letter", "letters")  # "letter a" becomes "letter_a" before articles go
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(Regex(r"[.,;:!?]|\b(a|an|the|and)\b"), " ")]
+        [
+            normalizers.Lowercase(),
+            *(normalizers.Replace(f"{noun} ", as_word(f"{noun} ")) for noun in glyph_nouns),
+            normalizers.Replace(Regex(r"[.,;:!?]|\b(a|an|the|and)\b"), " "),
+        ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -87,7 +93,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         pad_token="<pad>",
         unk_token="<unk>",
-        model_max_length=CONTEXT_LENGTH,
+        model_max_length=context_length,
     )
 
 

@@ -11,9 +11,16 @@ from torch import Tensor, nn
 from scripts.demo.clip_batch import WRONG_TEXTS, Batch, CaptionGroup
 from scripts.demo.scene_supervision import patch_owners
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
-from sf_mllm.data.scene_sampling import COLORS, SHAPES, SIZES, Scenes
+from sf_mllm.data.scene_domains import DOMAINS
+from sf_mllm.data.scene_sampling import Scenes
 
-_PATCH_CLASSES = (len(COLORS), len(SHAPES), len(SIZES), 1)  # the last: does the patch show an object
+_PATCH_ATTRIBUTES = ("color", "shape", "size", "texture")
+
+
+def patch_classes(domain: str) -> dict[str, int]:
+    """Return how many classes the patch head has for each attribute; "object" tells whether a patch shows one."""
+    attributes = DOMAINS[domain].attributes
+    return {name: len(attributes[name]) for name in _PATCH_ATTRIBUTES if name in attributes} | {"object": 1}
 
 
 class TeacherTask(nn.Module):
@@ -22,10 +29,10 @@ class TeacherTask(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, clip: CLIP) -> None:
+    def __init__(self, clip: CLIP, domain: str = "plain") -> None:
         super().__init__()
         self.clip = clip
-        self.patch_head = nn.Linear(clip.visual.proj.shape[0], sum(_PATCH_CLASSES))
+        self.patch_head = nn.Linear(clip.visual.proj.shape[0], sum(patch_classes(domain).values()))
         self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None] * 255, persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None] * 255, persistent=False)
 
@@ -36,9 +43,9 @@ class TeacherTask(nn.Module):
 
         Args:
             pixels: [B, 3, H, W] uint8.
-            lists: tokens [L, CONTEXT_LENGTH].
-            short: tokens [S, SHORT_LENGTH].
-            phrases: tokens [P, PHRASE_LENGTH].
+            lists: tokens [L, context length of the domain].
+            short: tokens [S, its short length].
+            phrases: tokens [P, its phrase length].
 
         Returns:
             Unit features of images [B, E], lists and short texts [L + S, E] and phrases [P, E], and patch logits
@@ -121,17 +128,18 @@ def phrase_loss(image: Tensor, phrases: Tensor, scale: Tensor, holds: Tensor) ->
 
 
 def patch_loss(logits: Tensor, scenes: Scenes) -> Tensor:
-    """Classify colour, shape and size of the object that each patch shows, and whether it shows one.
+    """Classify the attributes of the object that each patch shows, and whether it shows one.
 
     Args:
-        logits: [B, patches, colours + shapes + sizes + 1].
+        logits: [B, patches, classes], in the order of `patch_classes`.
         scenes: B scenes.
     """
     owner = patch_owners(scenes, math.isqrt(logits.shape[1]))  # [B, patches]
     is_object = owner >= 0
-    *attribute_logits, object_logit = logits.split(_PATCH_CLASSES, dim=-1)
+    classes = patch_classes(scenes.domain)
+    *attribute_logits, object_logit = logits.split(list(classes.values()), dim=-1)
     loss = F.binary_cross_entropy_with_logits(object_logit[..., 0], is_object.float())
-    for values, prediction in zip((scenes.color, scenes.shape, scenes.size), attribute_logits, strict=True):
-        target = values.gather(1, owner.clamp(min=0)).masked_fill(~is_object, -100)
+    for name, prediction in zip(list(classes)[:-1], attribute_logits, strict=True):
+        target = getattr(scenes, name).gather(1, owner.clamp(min=0)).masked_fill(~is_object, -100)
         loss = loss + F.cross_entropy(prediction.flatten(0, 1), target.flatten())
     return loss

@@ -25,8 +25,8 @@ from scripts.demo.clip_batch import IMAGE_SIZE, BatchMaker
 from scripts.demo.clip_model import build_model, build_tokenizer, create_directory, model_config, save_weights
 from scripts.demo.clip_step import TeacherTask, contrastive_losses, patch_loss, phrase_loss, split_text
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
-from sf_mllm.data.scene_captions import CONTEXT_LENGTH
-from sf_mllm.data.scene_tasks import build_tasks
+from sf_mllm.data.scene_domains import DOMAINS
+from sf_mllm.data.scene_tasks import build_tasks, task_set_of
 from sf_mllm.errors import InputError, report_input_errors
 from sf_mllm.training.zero_shot import ZeroShotResult, format_results
 
@@ -79,24 +79,29 @@ class Clock:
 def train(options: argparse.Namespace) -> list[ZeroShotResult]:
     """Train, save after each evaluation, and return the scores of the saved model."""
     device, out = options.device, Path(options.out)
-    config = model_config(options.width, options.layers, options.text_layers, options.embed_dim)
+    domain, task_set = options.domain, task_set_of(options.domain)
+    config = model_config(options.width, options.layers, options.text_layers, options.embed_dim, domain)
     create_directory(out, config)
     log_path = Path(options.log or f"{out}.jsonl")
     log_path.parent.mkdir(parents=True, exist_ok=True)
     log_path.write_text("", encoding="utf-8")  # the directory is new, so a log of that name is an older run's
     torch.set_float32_matmul_precision("high")
     clip = build_model(config, options.seed)
-    task = TeacherTask(clip).to(device)
+    task = TeacherTask(clip, domain).to(device)
     # Every step has the same shapes, so each is compiled once.
     forward = torch.compile(task, dynamic=False) if options.compile else task
-    batches = BatchMaker(options.batch_size, options.seed, device, compiles=options.compile)
+    batches = BatchMaker(options.batch_size, options.seed, device, domain=domain, compiles=options.compile)
     optimizer = build_optimizer(task, device)
-    tasks = build_tasks(options.samples)
-    hf_tokenizer = build_tokenizer()
+    tasks = build_tasks(options.samples, task_set=task_set)
+    hf_tokenizer = build_tokenizer(DOMAINS[domain].context_length)
 
     def tokenizer(texts: list[str]) -> Tensor:
         return hf_tokenizer(
-            texts, return_tensors="pt", padding="max_length", max_length=CONTEXT_LENGTH, truncation=True
+            texts,
+            return_tensors="pt",
+            padding="max_length",
+            max_length=DOMAINS[domain].context_length,
+            truncation=True,
         ).input_ids
 
     def write(**row: object) -> None:
@@ -176,7 +181,7 @@ def train(options: argparse.Namespace) -> list[ZeroShotResult]:
 
     clock.pause()
     save_weights(clip, out)
-    results = evaluate_directory(out, samples=2 * options.samples, device=device)
+    results = evaluate_directory(out, tasks=task_set, samples=2 * options.samples, device=device)
     print(f"[saved model, {step} steps, {clock.seconds():.0f} s] {format_results(results)}", flush=True)
     write(
         step=step,
@@ -198,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--seconds", type=float, default=400, help="training time, compiling not counted (default: 400)"
     )
     length.add_argument("--steps", type=int, help="train this many steps instead")
+    parser.add_argument("--domain", choices=sorted(DOMAINS), default="plain", help="of the scenes (default: plain)")
     parser.add_argument("--batch-size", type=int, default=512, help="images a step, twins included (default: 512)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and scenes (default: 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if any")

@@ -16,6 +16,8 @@ GLYPHS = (
 )
 """Drawn as capital letters."""
 SIZES = ("small", "medium", "large")
+SIZE_ORDER = ("tiny", *SIZES)
+"""All sizes, from the smallest."""
 TEXTURES = ("plain", "striped", "dotted", "checked")
 PLACES = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
 """Cells of a 3x3 grid in reading order; place // 3 is the row, place % 3 the column."""
@@ -29,6 +31,12 @@ RADIUS_JITTER_PERCENT = 6
 MAX_RADIUS = RADII[-1] * (100 + RADIUS_JITTER_PERCENT) // 100
 
 
+def plural_noun(shape: str) -> str:
+    """Return "circles", "crosses" or, for a glyph, "letters k"."""
+    noun, *name = shape.split()
+    return " ".join((noun + ("es" if noun.endswith("s") else "s"), *name))
+
+
 @dataclass(frozen=True)
 class Domain:
     """One kind of scenes."""
@@ -39,7 +47,8 @@ class Domain:
     textures: tuple[str, ...]  # captions name the texture where there is more than one
     is_cluttered: bool  # objects may overlap, the background is restless
     context_length: int  # tokens of the longest caption, with <bos> and <eos>
-    short_length: int  # the same for captions of one phrase, relations and counts
+    short_length: int  # the same for relations and counts
+    phrase_length: int  # the same for captions of one object
 
     @property
     def attributes(self) -> dict[str, tuple[str, ...]]:
@@ -57,15 +66,17 @@ DOMAINS = {
         is_cluttered=False,
         context_length=32,  # 2 words for the number of objects, 7 * 4 for the objects
         short_length=10,  # 2 * 3 words for two objects, 2 for "left of"
+        phrase_length=6,
     ),
     "clutter": Domain(
-        sizes=("tiny", *SIZES),
+        sizes=SIZE_ORDER,
         radii=(176, *RADII),
         shapes=SHAPES + GLYPHS,
         textures=TEXTURES,
         is_cluttered=True,
         context_length=44,  # 2 words for the number of objects, 8 * 5 for the objects
         short_length=13,  # 2 * 4 words for two objects, 3 for "in front of"
+        phrase_length=7,
     ),
 }
 """The domains by name. New ones are added here; what a seed gives in an existing one does not change."""

@@ -4,7 +4,9 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sf_mllm.data.scene_sampling import COLORS, PLACES, RELATION_MARGIN, SHAPES, SIZES, UNIT, Scenes
+from sf_mllm.data.scene_domains import DOMAINS, PLACES, UNIT, plural_noun
+from sf_mllm.data.scene_overlap import CLEARLY_HIDDEN
+from sf_mllm.data.scene_sampling import RELATION_MARGIN, Scenes
 
 
 class SceneObject(NamedTuple):
@@ -16,6 +18,9 @@ class SceneObject(NamedTuple):
     place: str
     x: int
     y: int
+    texture: str | None = None  # where the domain has textures
+    slot: int = 0  # number in the scene
+    hides: frozenset[int] = frozenset()  # slots of the objects that it clearly lies in front of
 
 
 PLACE_PHRASES = {
@@ -29,7 +34,8 @@ PLACE_PHRASES = {
     "bottom": "at the bottom",
     "bottom-right": "in the bottom-right corner",
 }
-RELATIONS = ("left of", "right of", "above", "below")
+RELATIONS = ("left of", "right of", "above", "below", "in front of", "behind")
+"""Each stands beside its opposite; those of overlapping objects come last."""
 REFERRING = (
     ("shape",),
     ("color",),
@@ -42,19 +48,22 @@ REFERRING = (
     ("color", "place"),
 )
 """Sets of attributes that a phrase may name."""
-FULL = ("size", "color", "shape")
+FULL = ("size", "color", "texture", "shape")
 
 
 def objects_of(scenes: Scenes) -> list[list[SceneObject]]:
     """Return the objects of each scene in words, in slot order."""
-    columns = [getattr(scenes, name).tolist() for name in ("count", "size", "color", "shape", "place", "x", "y")]
-    return [
-        [
-            SceneObject(SIZES[size], COLORS[color], SHAPES[shape], PLACES[place], x, y)
-            for size, color, shape, place, x, y in list(zip(*slots, strict=True))[:count]
-        ]
-        for count, *slots in zip(*columns, strict=True)
-    ]
+    attributes = DOMAINS[scenes.domain].attributes
+    values = {name: getattr(scenes, name).tolist() for name in (*attributes, "x", "y")}
+    hides = (scenes.hidden >= CLEARLY_HIDDEN).tolist()
+
+    def describe_slot(scene: int, slot: int) -> SceneObject:
+        names = {name: words[values[name][scene][slot]] for name, words in attributes.items()}
+        hidden = frozenset(other for other, is_hidden in enumerate(hides[scene][slot]) if is_hidden)
+        x, y = values["x"][scene][slot], values["y"][scene][slot]
+        return SceneObject(**names, x=x, y=y, slot=slot, hides=hidden)
+
+    return [[describe_slot(scene, slot) for slot in range(count)] for scene, count in enumerate(scenes.count.tolist())]
 
 
 def caption(objects: Sequence[SceneObject], rng: random.Random) -> str:
@@ -87,11 +96,14 @@ def describe_for_reading(objects: Sequence[SceneObject], rng: random.Random) -> 
 
 
 def is_clearly(relation: str, a: SceneObject, b: SceneObject) -> bool:
-    """Tell whether `a` is left of, right of, above or below `b` beyond doubt.
+    """Tell whether a relation holds between `a` and `b` beyond doubt.
 
-    The centres differ by a margin and lie in different columns or rows of the 3x3 places, so that the place words alone
-    decide it too.
+    Left of, right of, above and below: the centres differ by a margin and lie in different columns or rows of the 3x3
+    places, so that the place words alone decide it too. In front of and behind: one hides a visible part of the other.
     """
+    if relation in ("in front of", "behind"):
+        front, back = (a, b) if relation == "in front of" else (b, a)
+        return back.slot in front.hides
     horizontal = relation in ("left of", "right of")
     delta, delta_cell = (
         (b.x - a.x, 3 * b.x // UNIT - 3 * a.x // UNIT) if horizontal else (b.y - a.y, 3 * b.y // UNIT - 3 * a.y // UNIT)
@@ -102,7 +114,8 @@ def is_clearly(relation: str, a: SceneObject, b: SceneObject) -> bool:
 
 def noun_phrase(item: SceneObject, attributes: Sequence[str], article: str = "a") -> str:
     """Build "a small red circle on the left" from the attributes named."""
-    words = [getattr(item, name) for name in ("size", "color") if name in attributes]
+    values = [getattr(item, name) for name in ("size", "color", "texture") if name in attributes]
+    words = [value for value in values if value is not None]
     words.append(item.shape if "shape" in attributes else "object")
     if article == "a" and words[0][0] in "aeiou":
         article = "an"
@@ -113,7 +126,7 @@ def noun_phrase(item: SceneObject, attributes: Sequence[str], article: str = "a"
 
 def plural(size: str | None, color: str | None, shape: str | None) -> str:
     """Build "red circles" or "small objects"; None leaves an attribute out."""
-    noun = "objects" if shape is None else shape + ("es" if shape.endswith("s") else "s")
+    noun = "objects" if shape is None else plural_noun(shape)
     return " ".join(word for word in (size, color, noun) if word)
 
 
@@ -144,5 +157,5 @@ def ordered_pairs(objects: Sequence[SceneObject], rng: random.Random) -> list[tu
 
 
 def relations_between(a: SceneObject, b: SceneObject) -> list[str]:
-    """Return the RELATIONS that clearly hold between `a` and `b`: none, one or two."""
+    """Return the RELATIONS that clearly hold between `a` and `b`: up to three."""
     return [relation for relation in RELATIONS if is_clearly(relation, a, b)]

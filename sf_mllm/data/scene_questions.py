@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from sf_mllm.data.scene_domains import COLORS, SHAPES, SIZE_ORDER, SIZES
 from sf_mllm.data.scene_language import (
     RELATIONS,
     SceneObject,
@@ -15,7 +16,6 @@ from sf_mllm.data.scene_language import (
     refer,
     relations_between,
 )
-from sf_mllm.data.scene_sampling import COLORS, SHAPES, SIZES
 
 
 class SceneQuestion(NamedTuple):
@@ -200,7 +200,8 @@ def _ask_relation(objects: Sequence[SceneObject], rng: random.Random) -> SceneQu
         if phrase_a is None or phrase_b is None:
             continue
         relation = rng.choice(relations)
-        if rng.random() < 0.5:
+        is_spatial = relation in RELATIONS[:4]
+        if rng.random() < 0.5 and is_spatial:
             key = "relation_horizontal" if relation in ("left of", "right of") else "relation_vertical"
             return SceneQuestion("relation", _phrase(rng, key, a=phrase_a, b=phrase_b), relation.split()[0])
         answer = rng.random() < 0.5
@@ -229,7 +230,7 @@ def _ask_comparison(objects: Sequence[SceneObject], rng: random.Random) -> Scene
         if form == "same":
             answer = getattr(a, kind) == getattr(b, kind)
         else:
-            answer = SIZES.index(a.size) > SIZES.index(b.size)
+            answer = SIZE_ORDER.index(a.size) > SIZE_ORDER.index(b.size)
         if answer != want or (form == "size" and a.size == b.size):
             continue
         phrase_a, phrase_b = refer(a, objects, rng, hidden=(kind,)), refer(b, objects, rng, hidden=(kind,))

@@ -19,15 +19,13 @@ from sf_mllm.data.scene_domains import (
     GLYPHS,
     MAX_OBJECTS,
     MAX_RADIUS,
-    PLACES,  # noqa: F401
     RADIUS_JITTER_PERCENT,
     SHAPES,
-    SIZES,  # noqa: F401
     UNIT,
 )
 from sf_mllm.data.scene_draws import LARGEST_WORD, Draws, constant
 from sf_mllm.data.scene_glyphs import DOODLES
-from sf_mllm.data.scene_overlap import Outline, hidden_shares
+from sf_mllm.data.scene_overlap import Outline, hidden_shares, most_hidden
 from sf_mllm.data.scene_placement import place_objects
 from sf_mllm.errors import InputError
 
@@ -140,6 +138,13 @@ class Scenes:
             return self
         return dataclasses.replace(self, hidden=hidden_shares(self.outlines, self.present))
 
+    @property
+    def is_legible(self) -> Tensor:
+        """[B], true where every object can be told for what it is: enough of it and of its texture can be seen."""
+        is_seen = self.hidden.sum(dim=1) <= most_hidden(self.shape, len(SHAPES))
+        is_seen = is_seen & ((self.texture <= 0) | shows_texture(self.size, self.shape))
+        return (is_seen | ~self.present).all(dim=1)
+
     def to(self, device: str | torch.device) -> "Scenes":
         """Return the scenes on another device."""
         return self._map(lambda tensor: tensor.to(device))
@@ -166,6 +171,15 @@ def concatenate(parts: Sequence[BatchT]) -> BatchT:
     tensors = [tensor_fields(part) for part in parts]
     joined = {name: torch.cat([part[name] for part in tensors]) for name in tensors[0]}
     return dataclasses.replace(parts[0], **joined)  # type: ignore[type-var]
+
+
+def choose(condition: Tensor, first: BatchT, second: BatchT) -> BatchT:
+    """Take the scenes, or captions, of `first` where the condition [B] holds, else those of `second`."""
+    chosen = {}
+    for name, values in tensor_fields(first).items():
+        expanded = condition.view(-1, *(1,) * (values.dim() - 1))
+        chosen[name] = torch.where(expanded, values, getattr(second, name))
+    return dataclasses.replace(first, **chosen)  # type: ignore[type-var]
 
 
 def sample_scenes(indices: Tensor, config: ScenesConfig) -> Scenes:
@@ -244,6 +258,18 @@ def shows_texture(size: Tensor, shape: Tensor) -> Tensor:
         shape: index into its shapes, of the same size.
     """
     return size > (shape >= len(SHAPES)).long()
+
+
+def other_shape(shape: Tensor, words: Tensor) -> Tensor:
+    """Return another value of the same kind for each shape: a shape becomes a shape, a glyph a glyph.
+
+    Args:
+        shape: index into the shapes of any domain.
+        words: random 32-bit words, of the same size.
+    """
+    is_glyph = shape >= len(SHAPES)
+    start, number = torch.where(is_glyph, len(SHAPES), 0), torch.where(is_glyph, len(GLYPHS), len(SHAPES))
+    return start + (shape - start + 1 + ((words * (number - 1)) >> 32)) % number
 
 
 def _draw_attribute(draws: Draws, values: int) -> Tensor:

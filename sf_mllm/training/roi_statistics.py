@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sf_mllm.data.scene_domains import UNIT
 from sf_mllm.data.scene_render import render
-from sf_mllm.data.scene_sampling import UNIT, Scenes, ScenesConfig, sample_scenes
+from sf_mllm.data.scene_sampling import Scenes, ScenesConfig, sample_scenes
 from sf_mllm.data.scene_tasks import configure_scenes
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerOutput
 from sf_mllm.training.losses import average_in_rois

@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from itertools import permutations
 
+from sf_mllm.data.scene_domains import COLORS, PLACES, SHAPES, SIZES
 from sf_mllm.data.scene_language import PLACE_PHRASES, SceneObject
-from sf_mllm.data.scene_sampling import COLORS, PLACES, SHAPES, SIZES
 
 _PLURAL_NOUNS = {"objects": None, **{f"{shape}es" if shape == "cross" else f"{shape}s": shape for shape in SHAPES}}
 _RELATIONS = {

@@ -9,20 +9,10 @@ import torch
 from PIL import Image
 
 from sf_mllm.data import scenes as scenes_module
+from sf_mllm.data.scene_domains import COLORS, MAX_OBJECTS, SHAPES, SIZES, UNIT
+from sf_mllm.data.scene_draws import Draws
 from sf_mllm.data.scene_render import render
-from sf_mllm.data.scene_sampling import (
-    COLORS,
-    MAX_OBJECTS,
-    SHAPES,
-    SIZES,
-    UNIT,
-    Draws,
-    Scenes,
-    ScenesConfig,
-    concatenate,
-    sample_scenes,
-    tensor_fields,
-)
+from sf_mllm.data.scene_sampling import Scenes, ScenesConfig, concatenate, sample_scenes, tensor_fields
 from sf_mllm.data.scenes import export_scenes, main
 from sf_mllm.errors import InputError
 

@@ -3,21 +3,14 @@ import dataclasses
 import pytest
 import torch
 
+from sf_mllm.data.scene_caption_edits import wrong_captions
 from sf_mllm.data.scene_captions import (
     ANY,
-    BOS,
-    CONTEXT_LENGTH,
     COUNT,
-    EOS,
     LIST,
-    PAD,
-    PHRASE_LENGTH,
     RELATION,
-    SHORT_LENGTH,
-    WORDS,
     Captions,
     all_phrases,
-    choose,
     count_captions,
     full_captions,
     list_captions,
@@ -25,14 +18,16 @@ from sf_mllm.data.scene_captions import (
     phrase_captions,
     phrases_hold,
     relation_captions,
-    tokenize,
-    wrong_captions,
 )
+from sf_mllm.data.scene_domains import COLORS, DOMAINS, PLACES, SHAPES, SIZES
+from sf_mllm.data.scene_draws import Draws
 from sf_mllm.data.scene_language import objects_of
-from sf_mllm.data.scene_sampling import COLORS, PLACES, SHAPES, SIZES, Draws, ScenesConfig, concatenate, sample_scenes
+from sf_mllm.data.scene_sampling import ScenesConfig, choose, concatenate, sample_scenes, tensor_fields
+from sf_mllm.data.scene_words import BOS, EOS, PAD, WORDS, tokenize
 from tests.data.scene_oracle import caption_holds
 
 INDICES = torch.arange(500)
+PLAIN = DOMAINS["plain"]
 
 
 @pytest.fixture(scope="module")
@@ -92,19 +87,19 @@ def test_captions_in_words(caption, words):
     tokens = tokenize(caption)[0].tolist()
     length = len(words.split())
     assert tokens[0] == BOS and tokens[length + 1] == EOS
-    assert tokens[length + 2 :] == [PAD] * (CONTEXT_LENGTH - length - 2)
+    assert tokens[length + 2 :] == [PAD] * (PLAIN.context_length - length - 2)
 
 
 def test_every_caption_fits_the_context(scenes, captions):
     longest = sample_scenes(INDICES, ScenesConfig(seed=21, min_objects=7))
     tokens = tokenize(full_captions(longest, longest.count > 0))
-    assert tokens.shape == (500, CONTEXT_LENGTH)
-    assert ((tokens == EOS).sum(dim=1) == 1).all() and (tokens != PAD).sum(dim=1).max() == CONTEXT_LENGTH
+    assert tokens.shape == (500, PLAIN.context_length)
+    assert ((tokens == EOS).sum(dim=1) == 1).all() and (tokens != PAD).sum(dim=1).max() == PLAIN.context_length
     assert len(set(WORDS)) == len(WORDS)
     is_short = captions.used.sum(dim=1) <= torch.where(captions.kind == RELATION, 2, 1)
     is_short &= (captions.kind != LIST) | (captions.number == ANY)
     longest = (tokenize(captions)[is_short] != PAD).sum(dim=1).max()
-    assert longest == SHORT_LENGTH
+    assert longest == PLAIN.short_length
 
 
 def test_captions_are_true_and_of_all_kinds(scenes, captions):
@@ -143,9 +138,9 @@ def test_all_phrases_are_different_and_their_truth_is_that_of_any_caption(scenes
     phrases = all_phrases("cpu")
     tokens = tokenize(phrases)
     assert len(phrases) == 4 * 9 * 9 * 10 - 1 == len(tokens.unique(dim=0))
-    assert (tokens[:, PHRASE_LENGTH:] == PAD).all()
+    assert (tokens[:, PLAIN.phrase_length :] == PAD).all()
     some, few = torch.arange(0, len(phrases), 7), scenes.select(slice(0, 40))
-    picked = Captions(**{field.name: getattr(phrases, field.name)[some] for field in dataclasses.fields(phrases)})
+    picked = Captions(**{name: values[some] for name, values in tensor_fields(phrases).items()})
     truth = phrases_hold(picked, few)
     torch.testing.assert_close(truth, may_hold(picked, few, all_pairs=True), rtol=0, atol=0)
     assert truth.any() and not truth.all(dim=1).any()

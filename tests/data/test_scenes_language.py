@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sf_mllm.data import scene_questions
+from sf_mllm.data.scene_domains import COLORS, PLACES, SHAPES, SIZES, UNIT
 from sf_mllm.data.scene_language import (
     PLACE_PHRASES,
     SceneObject,
@@ -16,7 +17,7 @@ from sf_mllm.data.scene_language import (
     objects_of,
 )
 from sf_mllm.data.scene_questions import QUESTION_TYPES, SceneQuestion, ask_questions, majority_baseline
-from sf_mllm.data.scene_sampling import COLORS, PLACES, SHAPES, SIZES, UNIT, ScenesConfig, sample_scenes
+from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes
 from tests.data.scene_oracle import matching, read_phrase, related
 
 NOUN_PHRASE = (

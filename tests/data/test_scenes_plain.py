@@ -7,21 +7,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from sf_mllm.data.scene_caption_edits import wrong_captions
 from sf_mllm.data.scene_captions import (
-    WORDS,
     count_captions,
     full_captions,
     list_captions,
     may_hold,
     phrase_captions,
     relation_captions,
-    tokenize,
-    wrong_captions,
 )
+from sf_mllm.data.scene_draws import Draws
 from sf_mllm.data.scene_language import caption, describe, describe_for_reading, objects_of
 from sf_mllm.data.scene_questions import ask_questions
 from sf_mllm.data.scene_render import render
-from sf_mllm.data.scene_sampling import Draws, Scenes, ScenesConfig, sample_scenes
+from sf_mllm.data.scene_sampling import Scenes, ScenesConfig, sample_scenes
+from sf_mllm.data.scene_words import WORDS, tokenize
 
 INDICES = torch.arange(300)
 FIRST_WORDS = 54  # the vocabulary may grow at its end only

@@ -13,23 +13,21 @@ from scripts.demo.clip_step import TeacherTask, contrastive_losses, patch_loss, 
 from scripts.demo.scene_supervision import make_twins, patch_owners
 from scripts.demo.train_clip import main
 from sf_mllm.data.scene_captions import (
-    CONTEXT_LENGTH,
-    PAD,
-    PHRASE_LENGTH,
-    SHORT_LENGTH,
-    WORDS,
     count_captions,
     full_captions,
     list_captions,
     may_hold,
     phrase_captions,
     relation_captions,
-    tokenize,
 )
+from sf_mllm.data.scene_domains import DOMAINS, MAX_OBJECTS, UNIT
+from sf_mllm.data.scene_draws import Draws
 from sf_mllm.data.scene_language import objects_of
-from sf_mllm.data.scene_sampling import MAX_OBJECTS, UNIT, Draws, ScenesConfig, sample_scenes
+from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes
+from sf_mllm.data.scene_words import PAD, WORDS, tokenize
 
 INDICES = torch.arange(400)
+PLAIN = DOMAINS["plain"]
 
 
 def make_batch(step, batch_size, seed, progress):
@@ -184,10 +182,10 @@ def test_short_text_gets_the_features_of_padded_text():
     task = TeacherTask(build_model(model_config(64, 1, 2, 16), seed=0)).eval()
     with torch.no_grad():
         _, text, phrases, _ = task(batch.pixels, batch.lists, batch.short, batch.phrases)
-        some = F.pad(batch.phrases[:50], (0, CONTEXT_LENGTH - PHRASE_LENGTH), value=PAD)
+        some = F.pad(batch.phrases[:50], (0, PLAIN.context_length - PLAIN.phrase_length), value=PAD)
         torch.testing.assert_close(phrases[:50], task.clip.encode_text(some, normalize=True))
         for features, group in zip(split_text(text, batch), batch.groups, strict=True):
-            assert (group.tokens[:, SHORT_LENGTH:] == PAD).all() or group is batch.groups[0]
+            assert (group.tokens[:, PLAIN.short_length :] == PAD).all() or group is batch.groups[0]
             torch.testing.assert_close(features, task.clip.encode_text(group.tokens, normalize=True))
 
 
@@ -195,7 +193,7 @@ def test_tokenizer_reads_captions_as_the_tensors_do(scenes):
     kinds = (list_captions, phrase_captions, relation_captions, count_captions)
     tokens = torch.cat([tokenize(kind(scenes, Draws(5, INDICES))) for kind in kinds])
     texts = [" ".join(WORDS[token] for token in row if WORDS[token][0] != "<") for row in tokens.tolist()]
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(PLAIN.context_length)
     torch.testing.assert_close(tokenizer(texts, padding="max_length", return_tensors="pt").input_ids, tokens)
     loose = tokenizer("A red circle, and the Blue star.").input_ids
     assert loose == tokenizer("red circle blue star").input_ids and WORDS.index("<unk>") not in loose

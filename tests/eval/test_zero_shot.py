@@ -7,10 +7,11 @@ from torch import nn
 from eval.zero_shot import evaluate, evaluate_directory, main
 from scripts.demo.clip_model import build_model, build_tokenizer, create_directory, model_config, save_weights
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
-from sf_mllm.data.scene_captions import full_captions, tokenize
+from sf_mllm.data.scene_captions import full_captions
 from sf_mllm.data.scene_language import objects_of
 from sf_mllm.data.scene_render import render
 from sf_mllm.data.scene_tasks import build_tasks
+from sf_mllm.data.scene_words import tokenize
 from sf_mllm.errors import InputError
 from tests.data.scene_oracle import caption_holds
 from tests.encoder.tiny import tiny_model
@@ -54,7 +55,7 @@ def test_each_sample_has_exactly_one_true_text(tasks):
     captions = full_captions(retrieval.images.scenes, retrieval.images.scenes.count > 0)
     texts = [retrieval.texts[answer] for answer in retrieval.answers]
     torch.testing.assert_close(
-        build_tokenizer()(texts, padding="max_length", return_tensors="pt").input_ids, tokenize(captions)
+        build_tokenizer(32)(texts, padding="max_length", return_tensors="pt").input_ids, tokenize(captions)
     )
     assert (retrieval.choices == retrieval.answers).all()
 
@@ -106,7 +107,7 @@ def test_accuracy_counts_right_answers(tasks):
 def test_directory_is_scored_as_the_model_in_memory(clip_directory, tasks):
     from_directory = evaluate_directory(clip_directory, samples=SAMPLES)
     model = build_model(model_config(width=64, layers=1, text_layers=1, embed_dim=6), seed=0).half().float()
-    hf_tokenizer = build_tokenizer()
+    hf_tokenizer = build_tokenizer(32)
     in_memory = evaluate(
         build_tasks(SAMPLES),
         model.encode_image,

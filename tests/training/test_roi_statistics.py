@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from sf_mllm.data.scene_sampling import UNIT, ScenesConfig, sample_scenes
+from sf_mllm.data.scene_domains import UNIT
+from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerOutput
 from sf_mllm.training.roi_statistics import (
     SCENES_SEED,
