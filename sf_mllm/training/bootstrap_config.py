@@ -102,8 +102,14 @@ class LossConfig:
     """Divergence of the student's class probabilities from the teacher's; for teachers that classify."""
     tokens: float = 1.0
     """1 - cosine between a latent token and the teacher's features inside its final region."""
+    coverage: float = 0.0
+    """Share of the variance of the teacher's features that averages inside the final regions do not explain."""
+    spread: float = 0.0
+    """How much too little the centre of a region varies over images, in image sizes."""
     roi_hinge: float = 0.5
     """Distance of region edges outside the image, in image sizes."""
+    point_hinge: float = 0.0
+    """The same of sampling points."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor
 from sf_mllm.data.scene_tasks import TASK_SETS
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerOutput
 from sf_mllm.training.bootstrap_config import BootstrapConfig
-from sf_mllm.training.losses import embedding_loss
+from sf_mllm.training.losses import average_in_rois, embedding_loss, token_loss
 from sf_mllm.training.region_snapshots import NUM_IMAGES, RegionSnapshot, save_snapshot
 from sf_mllm.training.roi_statistics import describe_rois, measure_on_scenes
 from sf_mllm.training.teacher_texts import make_scorer
@@ -73,11 +73,11 @@ class BootstrapEvaluation:
             with trainer.precision():
                 output = student(task.normalise(batch["pixel_values"]), output_sampling_points=True)
                 target = task.targets(batch)
-                losses = task.losses(output, target)
+            in_rois = average_in_rois(target.feature_map, output.rois[:, -1])
             if sum(len(rois) for _, rois in shown) < NUM_IMAGES:
                 shown.append((batch["pixel_values"].cpu(), output.rois[:, -1].float().cpu()))
             rows["embedding"].append(1 - embedding_loss(output.pooler_output, target.embedding))
-            rows["tokens"].append(1 - losses["tokens"])
+            rows["tokens"].append(1 - token_loss(output.last_hidden_state[:, -in_rois.shape[1] :], in_rois))
             if task.teacher.output_kind == "logits":
                 rows["class"].append((output.pooler_output.argmax(-1) == target.embedding.argmax(-1)).float())
             rows["rois"].append(output.rois[:, -1])

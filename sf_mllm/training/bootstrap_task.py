@@ -1,5 +1,6 @@
 """Stage one's task: what a student is asked, with its frozen teacher, images and losses."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -12,8 +13,11 @@ from sf_mllm.training.bootstrap_config import LossConfig
 from sf_mllm.training.losses import (
     average_in_rois,
     classification_loss,
+    coverage_loss,
     embedding_loss,
+    point_hinge_loss,
     roi_hinge_loss,
+    spread_loss,
     token_loss,
 )
 from sf_mllm.training.teachers import Teacher, TeacherOutput
@@ -46,23 +50,28 @@ class BootstrapTask:
         """Compare a student's output with the teacher's on the same crops.
 
         Args:
-            output: of the student on `self.normalise(batch["pixel_values"])`.
+            output: of the student on `self.normalise(batch["pixel_values"])`, with sampling points.
             target: `self.targets(batch)`.
 
         Returns:
-            Each loss, unweighted, [B], by the name of its weight.
+            Each loss that has a weight, unweighted, [B], by the name of its weight.
         """
         assert output.last_hidden_state is not None and output.pooler_output is not None and output.rois is not None
+        assert output.sampling_points is not None
+        final_rois = output.rois[:, -1]
         latents = output.last_hidden_state[:, -output.rois.shape[2] :]
-        if self.teacher.output_kind == "logits":
-            of_image = {"classification": classification_loss(output.pooler_output, target.embedding)}
-        else:
-            of_image = {"embedding": embedding_loss(output.pooler_output, target.embedding)}
-        return {
-            **of_image,
-            "tokens": token_loss(latents, average_in_rois(target.feature_map, output.rois[:, -1])),
-            "roi_hinge": roi_hinge_loss(output.rois),
+        losses: dict[str, Callable[[], Tensor]] = {
+            "tokens": lambda: token_loss(latents, average_in_rois(target.feature_map, final_rois.detach())),
+            "coverage": lambda: coverage_loss(target.feature_map, final_rois),
+            "spread": lambda: spread_loss(final_rois),
+            "roi_hinge": lambda: roi_hinge_loss(output.rois),
+            "point_hinge": lambda: point_hinge_loss(output.sampling_points),
         }
+        if self.teacher.output_kind == "logits":
+            losses["classification"] = lambda: classification_loss(output.pooler_output, target.embedding)
+        else:
+            losses["embedding"] = lambda: embedding_loss(output.pooler_output, target.embedding)
+        return {name: loss() for name, loss in losses.items() if getattr(self.weights, name)}
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """Weighted sum, mean over images."""

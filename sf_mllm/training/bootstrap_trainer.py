@@ -76,7 +76,7 @@ class BootstrapTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Student and teacher on one batch of uint8 images."""
-        output = model(self.task.normalise(inputs["pixel_values"]))
+        output = model(self.task.normalise(inputs["pixel_values"]), output_sampling_points=True)
         self.times.lap("student")
         with self.precision():
             target = self.task.targets(inputs)

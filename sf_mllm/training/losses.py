@@ -6,6 +6,9 @@ from torch import Tensor
 
 from sf_mllm.ops.sampling import sample_points
 
+_SMALLEST_SIZE = 0.02
+"""In image sizes; narrower regions count as this wide, so that one place cannot belong to them alone."""
+
 
 def embedding_loss(student_embeddings: Tensor, teacher_embeddings: Tensor) -> Tensor:
     """One minus the cosine between image embeddings.
@@ -56,22 +59,83 @@ def token_loss(latents: Tensor, targets: Tensor) -> Tensor:
 def average_in_rois(feature_map: Tensor, rois: Tensor, points_per_side: int = 4) -> Tensor:
     """Average a feature map over a regular grid of points inside each RoI, clamped into the image.
 
-    No gradient reaches the RoIs: a token must learn to say what is in its region, not to move to where that is easy.
-
     Args:
         feature_map: [B, D, H, W].
-        rois: [B, N, 4], image-relative xyxy; may leave the image or be flipped.
+        rois: [B, N, 4], image-relative xyxy; may leave the image or be flipped. Detach them to ask a token what is in
+            its region, not to move to where that is easy.
         points_per_side: the grid has this many points squared.
 
     Returns:
         [B, N, D] in fp32.
     """
-    corners = rois.detach().float().unflatten(-1, (2, 2)).clamp(0, 1)  # [B, N, corner, (x, y)]
+    corners = rois.float().unflatten(-1, (2, 2)).clamp(0, 1)  # [B, N, corner, (x, y)]
     low, high = corners.amin(dim=-2), corners.amax(dim=-2)  # [B, N, 2]
     steps = (torch.arange(points_per_side, device=rois.device, dtype=torch.float32) + 0.5) / points_per_side
     grid = torch.cartesian_prod(steps, steps)  # [P, 2], centres of equal cells
     points = low[..., None, :] + grid * (high - low)[..., None, :]  # [B, N, P, 2]
     return sample_points(feature_map.float(), points, padding_mode="border").mean(dim=2)
+
+
+def coverage_loss(feature_map: Tensor, rois: Tensor) -> Tensor:
+    """Share of a feature map's variance over the image that the averages inside the RoIs do not explain.
+
+    The map is put together again from one vector a region; each place takes a mixture of the regions around it, nearer
+    and smaller ones first. So large regions do for even areas, and many small ones are needed where much happens: the
+    regions are drawn to content. Only regions learn from it, not what tokens say.
+
+    Args:
+        feature_map: [B, D, H, W].
+        rois: [B, N, 4], image-relative xyxy.
+
+    Returns:
+        [B], 0 is a perfect copy, 1 as good as the mean over the image.
+    """
+    corners = rois.float().unflatten(-1, (2, 2))
+    center = corners.mean(dim=-2)  # [B, N, 2]
+    size = (corners[..., 1, :] - corners[..., 0, :]).abs().clamp(min=_SMALLEST_SIZE)
+    rows, columns = (
+        (torch.arange(length, device=rois.device, dtype=torch.float32) + 0.5) / length
+        for length in feature_map.shape[-2:]
+    )
+    place = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).flatten(0, 1)  # [HW, (x, y)]
+    distance = (place[:, None] - center[:, None]) / (size[:, None] / 2)  # [B, HW, N, 2], in half sizes
+    closeness = -distance.square().sum(dim=-1) - size.log().sum(dim=-1)[:, None]
+    vectors = average_in_rois(feature_map, rois)  # [B, N, D]
+    copy = closeness.softmax(dim=-1) @ vectors  # [B, HW, D]
+    original = feature_map.float().flatten(2).transpose(1, 2)
+    error = (original - copy).square().sum(dim=(1, 2))
+    variance = (original - original.mean(dim=1, keepdim=True)).square().sum(dim=(1, 2))
+    return error / variance.clamp(min=1e-6)
+
+
+def spread_loss(rois: Tensor, target: float = 0.2) -> Tensor:
+    """How far the centre of a region varies too little over the images of a batch: zero from the target on.
+
+    Args:
+        rois: [B, N, 4], image-relative; at least two images.
+        target: standard deviation in image sizes.
+
+    Returns:
+        [B], equal values: means over tokens and axes.
+
+    Source: the variance term of VICReg, arXiv 2105.04906.
+    """
+    center = rois.float().unflatten(-1, (2, 2)).mean(dim=-2)  # [B, N, 2]
+    deviation = (center.var(dim=0) + 1e-6).sqrt()
+    return F.relu(target - deviation).mean().expand(len(rois))
+
+
+def point_hinge_loss(sampling_points: tuple[Tensor, ...]) -> Tensor:
+    """How far sampling points lie outside the image, in image sizes: zero inside, linear outside.
+
+    Args:
+        sampling_points: [B, N, P, 2] of each sampling, image-relative.
+
+    Returns:
+        [B], means over all coordinates.
+    """
+    points = torch.stack(sampling_points, dim=1).float()
+    return (F.relu(-points) + F.relu(points - 1)).flatten(1).mean(dim=1)
 
 
 def roi_hinge_loss(rois: Tensor) -> Tensor:

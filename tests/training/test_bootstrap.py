@@ -194,7 +194,8 @@ def test_student_and_teacher_see_the_same_crop_each_at_its_size(run_file):
     seen = []
     task.teacher.register_forward_pre_hook(lambda teacher, inputs: seen.append(inputs[0]))
     student, _ = build_student(config, task.teacher)
-    task.losses(student(task.normalise(images)), task.targets({"pixel_values": images}))
+    output = student(task.normalise(images), output_sampling_points=True)
+    task.losses(output, task.targets({"pixel_values": images}))
     torch.testing.assert_close(seen, [task.normalise(images, 32)])
 
 
@@ -207,14 +208,15 @@ def test_a_perfect_student_has_no_loss(run_file):
     corner = 0.6 * torch.rand(2, 2, 5, 2)  # [B, steps, N, (x, y)]
     rois = torch.cat([corner, corner + 0.4], dim=-1)
     latents = average_in_rois(target.feature_map, rois[:, -1])
+    regions = {"rois": rois, "sampling_points": (torch.rand(2, 5, 4, 2),)}
     perfect = SparseFormerOutput(
-        last_hidden_state=torch.cat([-latents[:, :1], latents], dim=1), pooler_output=2 * target.embedding, rois=rois
+        last_hidden_state=torch.cat([-latents[:, :1], latents], dim=1), pooler_output=2 * target.embedding, **regions
     )
     losses = task.losses(perfect, target)
     assert losses.keys() == {"embedding", "tokens", "roi_hinge"}
     torch.testing.assert_close(torch.stack([*losses.values()]), torch.zeros(3, 2))
     opposite = SparseFormerOutput(
-        last_hidden_state=-perfect.last_hidden_state, pooler_output=-perfect.pooler_output, rois=rois
+        last_hidden_state=-perfect.last_hidden_state, pooler_output=-perfect.pooler_output, **regions
     )
     config.loss.embedding, config.loss.tokens = 3.0, 0.25
     torch.testing.assert_close(task.total(task.losses(opposite, target)), torch.tensor(3.0 * 2 + 0.25 * 2))

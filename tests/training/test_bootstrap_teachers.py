@@ -76,7 +76,8 @@ def test_what_trains_and_what_it_is_asked(changes, head, asked):
     assert frozen == {"cortex"} | head
     task = BootstrapTask(teacher, LossConfig(classification=3.0))
     batch = {"pixel_values": torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)}
-    output, target = student(task.normalise(batch["pixel_values"])), task.targets(batch)
+    output = student(task.normalise(batch["pixel_values"]), output_sampling_points=True)
+    target = task.targets(batch)
     losses = task.losses(output, target)
     assert set(losses) == {asked, "tokens", "roi_hinge"}
     compare, weight = {"classification": (classification_loss, 3.0), "embedding": (embedding_loss, 1.0)}[asked]

@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from sf_mllm.training.losses import (
     average_in_rois,
     classification_loss,
+    coverage_loss,
     embedding_loss,
+    point_hinge_loss,
     roi_hinge_loss,
+    spread_loss,
     token_loss,
 )
 
@@ -81,12 +84,60 @@ def test_average_in_rois_by_hand_on_a_checkerboard():
     torch.testing.assert_close(average_in_rois(feature_map, rois), torch.tensor([[[2.5], [right]]]))
 
 
-def test_no_gradient_reaches_rois_but_it_reaches_features():
-    rois = torch.tensor([[[0.1, 0.2, 0.6, 0.7]]], requires_grad=True)
-    feature_map = torch.randn(1, 3, 4, 4, requires_grad=True)
-    average_in_rois(feature_map, rois).sum().backward()
-    assert rois.grad is None
-    assert feature_map.grad.abs().sum() > 0
+def test_coverage_of_regions_that_tile_a_map_of_tiles():
+    """Four even quarters and a region on each: little is left unexplained; one region explains the mean alone."""
+    quarters = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    feature_map = quarters.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+    tiles = torch.tensor([[[x, y, x + 0.3, y + 0.3] for x in (0.1, 0.6) for y in (0.1, 0.6)]])
+    assert coverage_loss(feature_map, tiles).item() < 0.05
+    whole = torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])
+    torch.testing.assert_close(coverage_loss(feature_map, whole), torch.ones(1), atol=1e-5, rtol=0)
+
+
+def test_coverage_equals_a_plain_loop():
+    generator = torch.Generator().manual_seed(1)
+    feature_map = torch.randn(2, 3, 2, 4, generator=generator)
+    low = 0.6 * torch.rand(2, 5, 2, generator=generator)
+    rois = torch.cat([low, low + 0.1 + 0.3 * torch.rand(2, 5, 2, generator=generator)], dim=-1)
+    vectors = average_in_rois(feature_map, rois)
+    expected = []
+    for b in range(2):
+        error, pixels = 0.0, feature_map[b].flatten(1).T
+        for row in range(2):
+            for column in range(4):
+                x, y = (column + 0.5) / 4, (row + 0.5) / 2
+                shares = []
+                for x1, y1, x2, y2 in rois[b].tolist():
+                    u, v = (x - (x1 + x2) / 2) / ((x2 - x1) / 2), (y - (y1 + y2) / 2) / ((y2 - y1) / 2)
+                    shares.append(math.exp(-(u**2) - v**2) / ((x2 - x1) * (y2 - y1)))
+                copy = sum(share * vector for share, vector in zip(shares, vectors[b], strict=True)) / sum(shares)
+                error += (feature_map[b, :, row, column] - copy).square().sum()
+        expected.append(error / (pixels - pixels.mean(dim=0)).square().sum())
+    torch.testing.assert_close(coverage_loss(feature_map, rois), torch.stack(expected))
+
+
+def test_coverage_draws_a_region_to_content():
+    """A bright spot beside the region: the gradient moves the region's centre towards it."""
+    feature_map = torch.zeros(1, 1, 16, 16)
+    feature_map[..., 6:10, 10:13] = 1.0  # centre (0.72, 0.5)
+    rois = torch.tensor([[[0.5, 0.4, 0.7, 0.6], [0.0, 0.0, 1.0, 1.0]]], requires_grad=True)
+    coverage_loss(feature_map, rois).sum().backward()
+    assert rois.grad[0, 0, 0] + rois.grad[0, 0, 2] < -0.1  # descending moves it right
+
+
+def test_spread_by_hand():
+    centers = torch.tensor([[[0.4, 0.5]], [[0.6, 0.5]]])
+    rois = torch.cat([centers - 0.1, centers + 0.1], dim=-1)
+    deviation = math.sqrt(0.02 + 1e-6)  # of 0.4 and 0.6
+    expected = ((0.2 - deviation) + (0.2 - 1e-3)) / 2
+    torch.testing.assert_close(spread_loss(rois), torch.full((2,), expected))
+    torch.testing.assert_close(spread_loss(rois, target=0.0005), torch.zeros(2))
+
+
+def test_point_hinge_by_hand():
+    first = torch.tensor([[[[-0.2, 0.5], [0.3, 1.0]]], [[[0.1, 0.2], [0.3, 0.4]]]])
+    second = torch.tensor([[[[0.2, 1.4], [0.3, 0.0]]], [[[0.1, 0.2], [0.3, 0.4]]]])
+    torch.testing.assert_close(point_hinge_loss((first, second)), torch.tensor([0.6 / 8, 0.0]))
 
 
 def test_roi_hinge_by_hand():
