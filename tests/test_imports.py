@@ -36,6 +36,7 @@ ONLY_IN = {
     "timm": {"training", "encoder/vit_timm.py"},
     "omegaconf": {"config.py", "training"},
     "accelerate": {"training"},
+    "matplotlib": {"training/report_figures.py"},
     "datasets": {"data/image_specs.py", "data/image_sources.py"},
     "webdataset": {"data/image_specs.py", "data/tar_shards.py"},
 }
@@ -43,6 +44,7 @@ ENTRY_POINTS = (
     "sf_mllm.cli",
     "sf_mllm.training.bootstrap",
     "sf_mllm.training.reinforce",
+    "sf_mllm.training.report",
     "sf_mllm.training.instruct",
     "sf_mllm.data.scenes",
 )
@@ -104,7 +106,7 @@ try:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 except SystemExit as end:
     assert not end.code, end.code
-heavy = {"torch", "transformers", "numpy", "PIL", "omegaconf", "open_clip", "peft"} & sys.modules.keys()
+heavy = {"torch", "transformers", "numpy", "PIL", "omegaconf", "open_clip", "peft", "matplotlib"} & sys.modules.keys()
 assert not heavy, heavy
 """
     result = run_python(code, module)
