@@ -102,6 +102,10 @@ def test_an_image_is_shuffled_among_its_neighbours(urls, tmp_path):
     assert in_order == list(range(PER_SHARD)) and sorted(shuffled[0]) == in_order
     assert shuffled[0] == shuffled[1] != shuffled[2] and shuffled[0] != in_order
     assert [raw.key.row for raw in one.read_shuffled(0, 1, "a")] == in_order
+    runs = [
+        numbers(make_stream(urls[:1], tmp_path, lanes=1, num_samples=14, seed=seed, name=f"{seed}")) for seed in (1, 2)
+    ]
+    assert runs[0][:7] != runs[0][7:] and runs[0][:7] != runs[1][:7]
 
 
 def test_samples_are_named_by_shard_and_place(urls, tmp_path):
