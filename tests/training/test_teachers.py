@@ -10,9 +10,9 @@ from sf_mllm.training.bootstrap_config import TeacherConfig
 from sf_mllm.training.teachers import OpenClipTeacher, TimmTeacher, load_clip, load_teacher
 
 
-def tiny_timm(**changes):
+def tiny_timm(model="vit_tiny_patch16_224", **changes):
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
-    return timm.create_model("vit_tiny_patch16_224", **{**sizes, **changes}).eval()
+    return timm.create_model(model, **{**sizes, **changes}).eval()
 
 
 def test_open_clip_teacher_equals_plain_open_clip(clip_directory):
@@ -32,11 +32,21 @@ def test_preprocessing_comes_from_the_weights(clip_directory):
     assert (preprocessing.image_size, preprocessing.mean, preprocessing.std) == (32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
 
 
-@pytest.mark.parametrize("pooling", ["token", "avg"])
-def test_timm_teacher_equals_plain_timm(pooling):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"global_pool": "token"},
+        {"global_pool": "avg"},
+        {"global_pool": "map"},
+        {"model": "eva_giant_patch14_224", "global_pool": "token", "mlp_ratio": 4},
+        {"model": "eva_giant_patch14_224", "global_pool": "avg", "mlp_ratio": 4},
+    ],
+)
+def test_timm_teacher_equals_plain_timm(changes):
     """With mean pooling timm keeps the final norm in the head; feature maps must be normalised all the same."""
-    vit = tiny_timm(global_pool=pooling)
-    norm = vit.norm if pooling == "token" else vit.fc_norm
+    vit = tiny_timm(**changes)
+    pooling = changes["global_pool"]
+    norm = vit.fc_norm if pooling == "avg" else vit.norm
     torch.nn.init.normal_(norm.weight)
     pixels = torch.randn(2, 3, 32, 32)
     output = TimmTeacher(vit)(pixels)
@@ -153,10 +163,15 @@ def test_unusable_teachers_get_one_sentence(settings, message):
 
 
 @pytest.mark.parametrize(
-    ("model", "tag"), [("ViT-B-16-quickgelu", "openai"), ("roberta-ViT-B-32", "laion2b_s12b_b32k")]
+    ("model", "tag"),
+    [
+        ("ViT-B-16-quickgelu", "openai"),
+        ("ViT-B-16", "laion2b_s34b_b88k"),
+        ("roberta-ViT-B-32", "laion2b_s12b_b32k"),
+    ],
 )
 def test_fitting_activations_are_not_refused(monkeypatch, model, tag):
-    """The second tag says nothing of its activation, and its architecture has the right one."""
+    """The last tag says nothing of its activation, and its architecture has the right one."""
     asked = []
     monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: asked.append(args))
     load_clip(TeacherConfig(model=model, pretrained=tag))
