@@ -65,7 +65,8 @@ def build_trainer(
     """Put teacher, student and images together."""
     teacher = load_teacher(config.teacher)
     student, report = build_student(config, teacher)
-    images = prepare_images(config, run)
+    with arguments.main_process_first(local=False, desc="preparing the images"):  # which may be drawn and are noted
+        images = prepare_images(config, run)
     views = open_stored_views(config, teacher, images)
     training, held_out = make_datasets(images, config, run, arguments, views)
     trainer = BootstrapTrainer(

@@ -118,7 +118,10 @@ def load_teacher(config: TeacherConfig) -> Teacher:
             "(teacher.allow_random=true takes random weights, for tests)."
         )
     try:
-        teacher: Teacher = _LOADERS[config.source](config)
+        with torch.random.fork_rng(devices=[]):
+            # Random weights, too, must be the same in all processes of a run and after a resume.
+            torch.default_generator.manual_seed(0)
+            teacher: Teacher = _LOADERS[config.source](config)
     except InputError:
         raise
     except Exception as error:  # both libraries, their file readers and the hub raise almost any type here
@@ -220,7 +223,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         InputError: the file holds something else.
     """
     try:
-        weights = timm.models.load_state_dict(str(path))
+        weights = timm.models.load_state_dict(str(path), weights_only=True)
     except Exception:  # damaged files fail with almost any type
         weights = {}
     if not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):

@@ -19,6 +19,7 @@ from sf_mllm.errors import InputError
 from sf_mllm.training.bootstrap_config import BootstrapConfig
 from sf_mllm.training.bootstrap_run import run_bootstrap
 from sf_mllm.training.processes import check_deepspeed
+from sf_mllm.training.teachers import load_teacher
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -130,6 +131,20 @@ def test_accelerate_starts_the_shipped_zero2_configuration(run_file, tmp_path):
         pytest.approx(row, rel=2e-3, abs=1e-3)
         for row in figures_of(tmp_path / "run")  # measured: 3e-4 relative
     ]
+
+
+def test_a_random_teacher_is_the_same_in_every_process(run_file):
+    """Whatever was drawn before."""
+    overrides = ["teacher.model=ViT-S-32-alt", "teacher.allow_random=true"]
+    config = load_run_config(BootstrapConfig, run_file, overrides).teacher
+    teachers = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        teachers.append(load_teacher(config))
+        drawn = torch.rand(3)
+        torch.manual_seed(seed)
+        assert torch.equal(drawn, torch.rand(3))  # and nothing changes for what is drawn after
+    torch.testing.assert_close(teachers[0].state_dict(), teachers[1].state_dict(), rtol=0, atol=0)
 
 
 def test_a_run_compiles_student_and_teacher_once_each(run_file, tmp_path):
