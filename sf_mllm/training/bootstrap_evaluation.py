@@ -68,26 +68,27 @@ class BootstrapEvaluation:
     def _measure_on_held_out(self, trainer: BootstrapTrainer) -> dict[str, float]:
         task, student = trainer.task, trainer.model
         rows: dict[str, list[Tensor]] = defaultdict(list)
-        shown: list[tuple[Tensor, Tensor]] = []
         for batch in trainer.get_eval_dataloader():
             with trainer.precision():
                 output = student(task.normalise(batch["pixel_values"]), output_sampling_points=True)
                 target = task.targets(batch)
             in_rois = average_in_rois(target.feature_map, output.rois[:, -1])
-            if sum(len(rois) for _, rois in shown) < NUM_IMAGES:
-                shown.append((batch["pixel_values"].cpu(), output.rois[:, -1].float().cpu()))
-            rows["embedding"].append(1 - embedding_loss(output.pooler_output, target.embedding))
-            rows["tokens"].append(1 - token_loss(output.last_hidden_state[:, -in_rois.shape[1] :], in_rois))
+            row = {
+                "embedding": 1 - embedding_loss(output.pooler_output, target.embedding),
+                "tokens": 1 - token_loss(output.last_hidden_state[:, -in_rois.shape[1] :], in_rois),
+                "rois": output.rois[:, -1],
+                "points": torch.stack(output.sampling_points, dim=1),  # [B, samplings, N, P, 2]
+            }
             if task.teacher.output_kind == "logits":
-                rows["class"].append((output.pooler_output.argmax(-1) == target.embedding.argmax(-1)).float())
-            rows["rois"].append(output.rois[:, -1])
-            rows["points"].append(torch.stack(output.sampling_points, dim=1))  # [B, samplings, N, P, 2]
-            for values in rows.values():
-                values[-1] = trainer.accelerator.gather_for_metrics(values[-1].contiguous())
-        if trainer.is_world_process_zero():
-            pixels, rois = (torch.cat(parts)[:NUM_IMAGES] for parts in zip(*shown, strict=True))
-            save_snapshot(self.run_path, RegionSnapshot(trainer.state.global_step, pixels, rois))
+                row["class"] = (output.pooler_output.argmax(-1) == target.embedding.argmax(-1)).float()
+            if sum(map(len, rows["pixels"])) < NUM_IMAGES:
+                row["pixels"] = batch["pixel_values"]
+            for name, values in row.items():
+                rows[name].append(trainer.accelerator.gather_for_metrics(values.contiguous()))
         merged = {name: torch.cat(values) for name, values in rows.items()}
+        if trainer.is_world_process_zero():
+            pixels, rois = (merged[name][:NUM_IMAGES].cpu() for name in ("pixels", "rois"))
+            save_snapshot(self.run_path, RegionSnapshot(trainer.state.global_step, pixels, rois.float()))
         metrics = {f"{name}_cosine": merged[name].mean().item() for name in ("embedding", "tokens")}
         if "class" in merged:
             metrics["class_agreement"] = merged["class"].mean().item()

@@ -1,6 +1,9 @@
 import json
 import logging
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import open_clip
@@ -89,6 +92,27 @@ def test_scores_in_a_run_are_those_of_the_commands(run_file, reading_clip, caplo
     assert all(type(value) in (int, float) and math.isfinite(value) for row in rows for value in row.values())
     lines = [line for line in caplog.text.splitlines() if "step 3/3" in line and "agreement" in line]
     assert len(lines) == 1 and "color" in lines[0] and "_chance" not in lines[0]
+
+
+def test_two_processes_measure_what_one_does(run_file, reading_clip, tmp_path):
+    """Five samples a task and three held-out images do not divide by two; nothing is learned, so nothing may differ."""
+    settings = ["evaluation.zero_shot=scenes", "train.learning_rate=0", "inherited_learning_rate=0"]
+    _, alone = run(run_file, reading_clip, *settings)
+    arguments = [f"teacher.model=local-dir:{reading_clip}", "data.resolution=32", f"evaluation.samples={SAMPLES}"]
+    arguments += ["train.max_steps=1", "train.eval_steps=1", "train.per_device_train_batch_size=2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *torchrun, "-m", "sf_mllm.training.bootstrap", str(run_file), *settings, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, f"output_dir={tmp_path / 'two'}"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    together = next(row for row in map(json.loads, lines) if "eval_tokens_cosine" in row)
+    measured = {name: value for name, value in alone[0].items() if name.startswith("eval_")}
+    assert len(measured) > 40
+    assert {name: together[name] for name in measured} == pytest.approx(measured, abs=1e-6)
+    snapshots = [load_snapshots(tmp_path / name)[0] for name in ("run", "two")]
+    torch.testing.assert_close(snapshots[0].rois, snapshots[1].rois)
+    assert torch.equal(snapshots[0].pixel_values, snapshots[1].pixel_values)
 
 
 def test_classes_of_a_folder_are_scored_with_prompts(run_file, reading_clip, class_folder):
