@@ -9,10 +9,11 @@ from sf_mllm.errors import InputError
 from sf_mllm.training.bootstrap_config import TeacherConfig
 from sf_mllm.training.teachers import OpenClipTeacher, TimmTeacher, load_clip, load_teacher
 
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
 
 def tiny_timm(model="vit_tiny_patch16_224", **changes):
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
-    return timm.create_model(model, **{**sizes, **changes}).eval()
+    return timm.create_model(model, **{**SIZES, "num_classes": 7, **changes}).eval()
 
 
 def test_open_clip_teacher_equals_plain_open_clip(clip_directory):
@@ -85,7 +86,7 @@ def test_teachers_are_frozen_and_in_eval_mode(clip_directory):
 
 def test_a_timm_directory_names_its_classes(tmp_path):
     vit = tiny_timm(num_classes=3)
-    timm.models.save_for_hf(vit, tmp_path, model_config={"label_names": ["cat", "dog", "bird"]})
+    timm.models.save_for_hf(vit, tmp_path, {"label_names": ["cat", "dog", "bird"]}, model_args=SIZES)
     teacher = load_teacher(TeacherConfig(source="timm", model=f"local-dir:{tmp_path}"))
     assert teacher.output_kind == "logits" and teacher.preprocessing.image_size == 32
     pixels = torch.randn(2, 3, 32, 32)
