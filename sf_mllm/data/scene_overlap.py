@@ -17,8 +17,6 @@ MOST_HIDDEN = 350
 MOST_HIDDEN_GLYPH = 100
 """The same for a digit or a letter, which often differs from another one by a single stroke."""
 
-_HALF_CELLS = MASK_CELLS // 2
-
 
 class Outline(NamedTuple):
     """Geometry of objects; the tensors broadcast with each other."""
@@ -38,29 +36,35 @@ def hidden_share(back: Outline, front: Outline) -> Tensor:
         front: objects of a shape that broadcasts with [...].
     """
     device = back.form.device
-    masks = form_masks(device).flatten()
+    masks = form_masks(device)
+    is_filled = masks[back.form]  # [..., 24, 24]
     cells = torch.arange(MASK_CELLS, device=device) * 2 + 1 - MASK_CELLS  # cell centres in 1/24 of the radius
-    across, down = cells.repeat(MASK_CELLS), cells.repeat_interleave(MASK_CELLS)  # [576]
-    is_filled = masks.view(-1, MASK_CELLS**2)[back.form]  # [..., 576]
 
-    def turn(outline: Outline) -> tuple[Tensor, Tensor]:
-        cosine, sine = cosines(device)[outline.angle], cosines(device)[(outline.angle - UNIT // 4) % UNIT]
-        return cosine[..., None], sine[..., None]
+    # Cells of the back object in the front one's frame, in 1 / (24 * UNIT^2) of a scene unit: an offset between the
+    # centres, turned by the front angle, and cells, turned by the difference of the angles.
+    cosine, sine = _turn(front.angle)
+    dx, dy = (back.x - front.x) * MASK_CELLS * UNIT, (back.y - front.y) * MASK_CELLS * UNIT
+    back_cosine, back_sine = _turn(back.angle)
+    along = (back_cosine * cosine + back_sine * sine) * back.radius
+    across = (back_sine * cosine - back_cosine * sine) * back.radius
+    u_columns = (cosine * dx + sine * dy)[..., None] + along[..., None] * cells  # [..., 24]
+    v_columns = (cosine * dy - sine * dx)[..., None] + across[..., None] * cells
+    u = u_columns[..., None, :] - (across[..., None] * cells)[..., None]  # [..., 24, 24]
+    v = v_columns[..., None, :] + (along[..., None] * cells)[..., None]
 
-    # Cells of the back object relative to the front one, in 1 / (24 * UNIT) of a scene unit.
-    cosine, sine = turn(back)
-    scale = MASK_CELLS * UNIT
-    dx = (back.x - front.x)[..., None] * scale + back.radius[..., None] * (cosine * across - sine * down)
-    dy = (back.y - front.y)[..., None] * scale + back.radius[..., None] * (sine * across + cosine * down)
-    cosine, sine = turn(front)
-    size = 2 * UNIT * UNIT  # a cell of the front object, in these units times UNIT, for a radius of one
-    column = (cosine * dx + sine * dy) // (size * front.radius[..., None]) + _HALF_CELLS
-    row = (cosine * dy - sine * dx) // (size * front.radius[..., None]) + _HALF_CELLS
+    cell_size = (2 * UNIT * UNIT * front.radius)[..., None, None]
+    column, row = u // cell_size + MASK_CELLS // 2, v // cell_size + MASK_CELLS // 2
     is_inside = (column >= 0) & (column < MASK_CELLS) & (row >= 0) & (row < MASK_CELLS)
-    position = (front.form[..., None] * MASK_CELLS + row.clamp(0, MASK_CELLS - 1)) * MASK_CELLS
-    is_hidden = masks[position + column.clamp(0, MASK_CELLS - 1)] & is_inside & is_filled
-    filled = is_filled.sum(dim=-1)
-    return (is_hidden.sum(dim=-1) * 1000 + filled - 1) // filled  # rounded up
+    last = MASK_CELLS - 1
+    is_hidden = masks[front.form[..., None, None], row.clamp(0, last), column.clamp(0, last)] & is_inside & is_filled
+    filled = is_filled.sum(dim=(-2, -1))
+    return (is_hidden.sum(dim=(-2, -1)) * 1000 + filled - 1) // filled  # rounded up
+
+
+def _turn(angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of an angle, times UNIT."""
+    table = cosines(angle.device)
+    return table[angle], table[(angle - UNIT // 4) % UNIT]
 
 
 def hidden_shares(objects: Outline, present: Tensor) -> Tensor:

@@ -28,7 +28,15 @@ class Placement(NamedTuple):
 
 
 def place_objects(
-    draws: Draws, domain: Domain, size: Tensor, jitter_percent: Tensor, wanted: Tensor, shape: Tensor, angle: Tensor
+    draws: Draws,
+    domain: Domain,
+    size: Tensor,
+    jitter_percent: Tensor,
+    wanted: Tensor,
+    shape: Tensor,
+    angle: Tensor,
+    *,
+    most: int,
 ) -> Placement:
     """Put objects one after the other where they touch no earlier one; each tries its own size, then smaller ones.
 
@@ -43,6 +51,7 @@ def place_objects(
         wanted: [B] number of objects.
         shape: [B, 8], decides what is hidden in a cluttered domain.
         angle: [B, 8], the same.
+        most: largest number of objects that is wanted anywhere; saves the work of looking for more places.
     """
     candidates = len(domain.sizes) * _CANDIDATES_PER_SIZE
     shrink = torch.arange(candidates, device=size.device) // _CANDIDATES_PER_SIZE  # 0 0 .. 1 1 .. 2 2
@@ -55,7 +64,7 @@ def place_objects(
     blank = torch.zeros_like
     result = Placement(blank(size), blank(size), blank(size), blank(size), blank(size, dtype=torch.bool))
     is_covered = torch.zeros_like(result.placed)
-    for slot in range(MAX_OBJECTS):
+    for slot in range(most):
         earlier = Placement(*(values[:, :slot] for values in result))
         x, y, radius = xs[:, slot], ys[:, slot], radii[:, slot]  # [B, K]
         choices = Placement(sizes[:, slot], radius, x, y, _keeps_apart(x, y, radius, earlier).all(dim=2))

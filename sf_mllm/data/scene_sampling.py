@@ -201,7 +201,9 @@ def sample_scenes(indices: Tensor, config: ScenesConfig) -> Scenes:
     jitter_percent = 100 - RADIUS_JITTER_PERCENT + draws.integers(MAX_OBJECTS, 2 * RADIUS_JITTER_PERCENT + 1)
     is_cluttered = domain.is_cluttered
     angle = _draw_tilted(draws, shape) if is_cluttered else torch.zeros_like(shape)
-    size, radius, x, y, placed = place_objects(draws, domain, size, jitter_percent, wanted, shape, angle)
+    size, radius, x, y, placed = place_objects(
+        draws, domain, size, jitter_percent, wanted, shape, angle, most=config.max_objects
+    )
     # An object that found no room is left out: bring the placed ones to the front, in their order.
     order = placed.logical_not().to(torch.int8).argsort(dim=1, stable=True)
     count = placed.sum(dim=1)
@@ -247,7 +249,7 @@ def sample_scenes(indices: Tensor, config: ScenesConfig) -> Scenes:
         exposure=_draw_exposure(draws) if is_cluttered else empty,
         domain=config.domain,
     )
-    return scenes.update_hidden()
+    return scenes.update_hidden() if config.max_objects > 1 else scenes
 
 
 def shows_texture(size: Tensor, shape: Tensor) -> Tensor:

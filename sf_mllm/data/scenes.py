@@ -1,8 +1,9 @@
 """The built-in data set: procedural scenes as an image folder with conversations in LLaVA JSON.
 
-The parts: `scene_sampling` draws attributes, `scene_render` pixels, `scene_language` descriptions, `scene_questions`
-questions and answers, `scene_captions` captions as tensors. This module exports them, so that a demo goes through the
-same readers as a user's own data. Command: `python -m sf_mllm.data.scenes OUT --count N`.
+The parts: `scene_domains` names what there is, `scene_sampling` draws attributes, `scene_render` pixels,
+`scene_language` descriptions, `scene_questions` questions and answers, `scene_captions` captions as tensors. This
+module exports them, so that a demo goes through the same readers as a user's own data.
+Command: `python -m sf_mllm.data.scenes OUT --count N`.
 """
 
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sf_mllm.constants import IMAGE_TOKEN
+from sf_mllm.data.scene_domains import DOMAINS
 from sf_mllm.errors import CommandLineParser, InputError, report_input_errors
 
 IMAGE_FOLDER = "images"
@@ -38,6 +40,7 @@ def export_scenes(
     image_size: int = 224,
     min_objects: int = 1,
     max_objects: int = 8,
+    domain: str = "plain",
     turns: int = 6,
     image_format: str = "jpeg",
     workers: int = 1,
@@ -55,6 +58,7 @@ def export_scenes(
         image_size: side in pixels.
         min_objects: fewest objects in a scene.
         max_objects: most objects in a scene, at most 8.
+        domain: of the scenes, one of DOMAINS.
         turns: questions an image, at least 1; a scene with few objects may have fewer.
         image_format: "jpeg" (quality 95, no chroma subsampling) or "png".
         workers: processes; 1 draws in this process.
@@ -67,7 +71,7 @@ def export_scenes(
     """
     from sf_mllm.data.scene_sampling import ScenesConfig
 
-    config = ScenesConfig(seed=seed, min_objects=min_objects, max_objects=max_objects, image_size=image_size)
+    config = ScenesConfig(seed, min_objects, max_objects, image_size, domain)
     if not 1 <= count <= 10_000_000:
         raise InputError(f"{count} scenes cannot be exported; give a count from 1 to 10000000.")
     if turns < 1 or workers < 1:
@@ -81,6 +85,7 @@ def export_scenes(
         "image_size": image_size,
         "min_objects": min_objects,
         "max_objects": max_objects,
+        "domain": domain,
         "turns": turns,
         "image_format": image_format,
     }
@@ -126,6 +131,7 @@ def _holds_request(directory: Path, request: dict[str, Any]) -> bool:
         found = None
     if not isinstance(found, dict):
         raise InputError(f"'{directory}' is not empty and holds no exported scenes; give a new directory.")
+    found = {"domain": "plain"} | found  # exports from before there were others do not name it
     differing = sorted(key for key in request if found.get(key) != request[key])
     if differing:
         raise InputError(
@@ -194,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--image-size", type=int, default=224, help="side in pixels (default: 224)")
     parser.add_argument("--min-objects", type=int, default=1, help="fewest objects in a scene (default: 1)")
     parser.add_argument("--max-objects", type=int, default=8, help="most objects in a scene, up to 8 (default: 8)")
+    parser.add_argument("--domain", choices=sorted(DOMAINS), default="plain", help="of the scenes (default: plain)")
     parser.add_argument("--turns", type=int, default=6, help="questions an image (default: 6)")
     parser.add_argument("--image-format", choices=sorted(_SUFFIXES), default="jpeg", help="default: jpeg")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")

@@ -73,6 +73,8 @@ class DataConfig:
     """Undecoded images that each reader of tar shards holds to shuffle them."""
     scenes_count: int = 2000
     """Number of built-in scenes to draw, held-out ones included."""
+    scenes_domain: str = "plain"
+    """What they show: "plain", or "clutter" with digits, letters, patterns and overlapping objects."""
     resolution: int = 224
     """Side in pixels of the square that held-out images are squeezed to, as the saved image processor will; the teacher
     sees the same pixels at its own size."""
@@ -117,8 +119,8 @@ class EvaluationConfig:
     """What each evaluation measures besides agreement with the teacher and where the regions are."""
 
     zero_shot: str | None = None
-    """Tasks that student and teacher solve: "scenes", a folder that holds tasks.jsonl, or a folder of images for each
-    class; null: none."""
+    """Tasks that student and teacher solve: "scenes" or "clutter", built in; a folder that holds tasks.jsonl, or a folder
+    of images for each class; null: none."""
     samples: int = 512
     """Most samples a task; and scenes on which it is measured whether regions find objects, if the tasks are scenes."""
     prompts: list[str] = field(default_factory=lambda: ["a photo of a {}."])

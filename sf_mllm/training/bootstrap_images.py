@@ -213,7 +213,7 @@ def draw_scenes(folder: Path, config: BootstrapConfig) -> None:
     from sf_mllm.data.scenes import export_scenes  # only runs on scenes need the renderer
 
     logger.info("Using %d built-in scenes in %s", config.data.scenes_count, folder)
-    export_scenes(folder, count=config.data.scenes_count, seed=config.seed)
+    export_scenes(folder, count=config.data.scenes_count, seed=config.seed, domain=config.data.scenes_domain)
 
 
 def _open_held_out(config: BootstrapConfig, training: ImageSource | TarShards) -> ImageSource | None:
