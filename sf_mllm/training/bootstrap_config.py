@@ -119,8 +119,8 @@ class EvaluationConfig:
     """What each evaluation measures besides agreement with the teacher and where the regions are."""
 
     zero_shot: str | None = None
-    """Tasks that student and teacher solve: "scenes" or "clutter", built in; a folder that holds tasks.jsonl, or a folder
-    of images for each class; null: none."""
+    """Tasks that student and teacher solve: "scenes" or "clutter", built in; a folder that holds tasks.jsonl, or a
+    folder of images for each class; null: none."""
     samples: int = 512
     """Most samples a task; and scenes on which it is measured whether regions find objects, if the tasks are scenes."""
     prompts: list[str] = field(default_factory=lambda: ["a photo of a {}."])
