@@ -108,13 +108,15 @@ class BootstrapEvaluation:
         task = trainer.task
 
         def score(encode: Callable[[Tensor], Tensor]) -> list[ZeroShotResult]:
-            with trainer.precision():
-                right = scorer.count_right(encode, trainer.args.process_index, trainer.args.world_size)
+            def encode_in_precision(pixels: Tensor) -> Tensor:
+                with trainer.precision():  # not for what is around it: cosines of similar texts differ by little
+                    return encode(pixels)
+
+            right = scorer.count_right(encode_in_precision, trainer.args.process_index, trainer.args.world_size)
             return scorer.results(trainer.accelerator.reduce(right, reduction="sum"))
 
         def ask_teacher(pixels: Tensor) -> Tensor:
-            # `forward`, since a compiled teacher would be compiled again for the batches of this one time.
-            return task.teacher.forward(task.normalise(pixels, task.teacher.preprocessing.image_size)).embedding
+            return task.teacher(task.normalise(pixels, task.teacher.preprocessing.image_size)).embedding
 
         if self._teacher_results is None:
             home = next(task.teacher.parameters()).device  # the CPU, if the run reads its answers from a store

@@ -9,18 +9,21 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
 from eval.roi_stats import measure
 from eval.zero_shot import evaluate_directory
 from sf_mllm.config import load_run_config
+from sf_mllm.data.scene_tasks import SceneImages
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.training.bootstrap import main
 from sf_mllm.training.bootstrap_config import BootstrapConfig
 from sf_mllm.training.bootstrap_evaluation import describe_evaluation
 from sf_mllm.training.bootstrap_run import run_bootstrap
 from sf_mllm.training.region_snapshots import RegionSnapshot, load_snapshots, save_snapshot
+from sf_mllm.training.teachers import OpenClipTeacher
 from tests.training.conftest import CLIP_CONFIG
 
 SAMPLES = 5
@@ -92,6 +95,24 @@ def test_scores_in_a_run_are_those_of_the_commands(run_file, reading_clip, caplo
     assert all(type(value) in (int, float) and math.isfinite(value) for row in rows for value in row.values())
     lines = [line for line in caplog.text.splitlines() if "step 3/3" in line and "agreement" in line]
     assert len(lines) == 1 and "color" in lines[0] and "_chance" not in lines[0]
+
+
+def test_only_encoders_run_in_low_precision(run_file, reading_clip, monkeypatch):
+    seen = []
+
+    def watch(owner, name):
+        original = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            seen.append((name, torch.is_autocast_enabled("cpu")))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for owner, name in ((SceneImages, "pixels"), (F, "normalize"), (OpenClipTeacher, "forward")):
+        watch(owner, name)
+    run(run_file, reading_clip, "evaluation.zero_shot=scenes", "train.bf16=true")
+    assert set(seen) == {("pixels", False), ("normalize", False), ("forward", True)}
 
 
 def test_two_processes_measure_what_one_does(run_file, reading_clip, tmp_path):
