@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from sf_mllm.data.teacher_store import (
     encode_crop,
     read_description,
 )
-from sf_mllm.errors import InputError
+from sf_mllm.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,13 @@ class StoreWriter:
                     f"'{self.directory}' holds something that is no teacher store; name another directory."
                 )
             description = {"version": VERSION, "origin": origin, "layout": layout, "groups": files}
-            write_text_atomically(self.directory / DESCRIPTION_FILE, _to_json(description))
+            try:
+                write_text_atomically(self.directory / DESCRIPTION_FILE, _to_json(description))
+            except OSError as error:
+                raise InputError(
+                    f"The teacher store '{self.directory}' cannot be made: {error.strerror}; set store.path to a "
+                    "writable directory."
+                ) from error
         elif differences := describe_differences(description["origin"] | description["layout"], origin | layout):
             raise InputError(
                 f"'{self.directory}' holds a teacher store of another kind: {differences}; name another directory."
@@ -98,7 +104,7 @@ class StoreWriter:
             num_unreadable: images of the group that could not be decoded.
 
         Raises:
-            InputError: the teacher's output is not finite in fp16.
+            InputError: the teacher's output is not finite in fp16, or the file cannot be written.
         """
         embedding = embedding.half()
         if not (embedding.isfinite().all() and scales.isfinite().all()):
@@ -128,10 +134,18 @@ class StoreWriter:
         ]
         tensors |= {"index": index, "checksums": torch.tensor(sums, dtype=torch.int64).reshape(embedding.shape[:2])}
         target = self.directory / self.description["groups"][group]
+        try:
+            return self._write_file(target, tensors, {"unreadable": str(num_unreadable)})
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"'{target}' cannot be written: {first_line(error)}; make room, and the same command goes on."
+            ) from error
+
+    def _write_file(self, target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
         target.parent.mkdir(exist_ok=True)
         partial = target.with_suffix(".partial")  # the same name after a kill, so that nothing is left behind
         # One entry, since safetensors writes several in any order: equal stores are equal files.
-        save_file(tensors, partial, metadata={"unreadable": str(num_unreadable)})
+        save_file(tensors, partial, metadata=metadata)
         partial.chmod((self.directory / DESCRIPTION_FILE).stat().st_mode)  # safetensors makes private files
         with partial.open("rb") as file:
             os.fsync(file.fileno())

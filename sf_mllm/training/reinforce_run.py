@@ -248,12 +248,17 @@ class _StoreMaker:
             return
         self.has_described_cost = True
         size, grid, width = output.embedding.shape[1], *patches.shape[2:]
+        cost = bytes_per_crop(size, width, grid)
         logger.info(
             "A crop takes %d bytes: an embedding of %d numbers and %dx%d patch features of %d (of the teacher's "
             "%dx%d); rounding them to 8 bits changes them by %.2g%%.",
-            bytes_per_crop(size, width, grid), size, grid, grid, width, *output.feature_map.shape[-2:],
+            cost, size, grid, grid, width, *output.feature_map.shape[-2:],
             100 * rounding_error(output.feature_map, patches, scales),
         )  # fmt: skip
+        if self.num_images is not None:
+            num_crops = self.config.store.crops
+            gigabytes = self.num_images * num_crops * cost / 1e9
+            logger.info("%d images with %d crops each will take %.3g GB.", self.num_images, num_crops, gigabytes)
 
     def _write(self, part: _Part, progress: ReinforceProgress) -> None:
         outputs = {name: torch.cat([output[name] for output in part.outputs]).cpu() for name in part.outputs[0]}

@@ -256,3 +256,14 @@ def test_outputs_that_are_not_finite_are_refused(tmp_path, damaged):
         content["scales"][0, 0, 0, 0] = quantise(torch.full((1, 1, 1, 1), torch.nan), 1)[1].item()
     with pytest.raises(InputError, match="not finite in half precision"):
         StoreWriter(tmp_path, ORIGIN, LAYOUT, ["a.tar"]).write_group("a.tar", **content, num_unreadable=0)
+
+
+def test_a_full_disk_gets_one_sentence(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sf_mllm.data.teacher_store_writer.save_file", fail)
+    with pytest.raises(
+        InputError, match=r"000000.safetensors' cannot be written: .*No space left on device; make room"
+    ):
+        write(tmp_path / "store", "a.tar")

@@ -245,6 +245,11 @@ def test_a_group_that_cannot_be_read_leaves_the_others_usable(run_file, small_gr
     [
         ("data.resolution=48", "data.resolution was 40, is 48"),
         ("data.min_crop_area=0.5", "data.min_crop_area was 0.4, is 0.5"),
+        ("data.max_aspect_ratio=1.5", "data.max_aspect_ratio was 1.333"),
+        ("data.flip=false", "data.flip was True, is False"),
+        ("data.color_jitter=0.1", "data.color_jitter was 0.0, is 0.1"),
+        ("data.held_out=4", "data.held_out was 3, is 4"),
+        ("data.resolutions=[32]", "data.resolutions was [[40, 40]], is [[32, 32]]"),
         ("seed=1", "seed was 0, is 1"),
         ("data.resolutions=[32,40]", "data.resolutions lists 2 sizes"),
         ("store.path=nowhere", "There is no teacher store in 'nowhere'; make it with python -m"),
@@ -308,6 +313,7 @@ def test_a_copy_of_a_teacher_has_its_fingerprint_and_one_of_another_activation_h
     ("override", "message"),
     [
         ("store.path=null", "store.path is not set"),
+        ("store.path=/proc/store", "The teacher store '/proc/store' cannot be made: "),
         ("store.crops=0", "store.crops must be at least 1, got 0"),
         ("store.grid=0", "store.grid must be at least 1, got 0"),
         ("store.crop=2", "Did you mean 'crops'"),
