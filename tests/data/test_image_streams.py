@@ -206,7 +206,7 @@ def test_damaged_shards_stop_the_run_by_name(urls, tmp_path):
     with pytest.raises(InputError, match=r"gone.tar 2>/dev/null' cannot be read to its end"):
         list(TarShards([f"pipe:cat {tmp_path}/gone.tar 2>/dev/null"]).read(0))
     with pytest.raises(InputError, match=r"end \(the command that reads it ended with status 3\)"):
-        list(TarShards([f"pipe:cat {tmp_path}/1.tar; exit 3"]).read(0))
+        list(TarShards([f"pipe:cat {tmp_path}/1.tar; exec >&-; sleep 0.2; exit 3"]).read(0))  # fails after its output
 
 
 def test_a_shard_that_changes_during_a_run_is_noticed(urls, tmp_path):
