@@ -1,9 +1,9 @@
 """Zero-shot scores of an open_clip model, or of a SparseFormer in the place of its image tower.
 
-Protocol `scenes-zero-shot-1`: held-out scenes of `sf_mllm.data.scene_tasks`; every sample is one rendered scene and a
-list of texts, exactly one of them true; the answer is the text with the highest cosine similarity. Command:
-`python -m eval.zero_shot --clip DIR`. With `--tasks FOLDER` a user's own tasks, protocol `zero-shot-folder-1`: images
-are squeezed into a square.
+Protocols `scenes-zero-shot-1`, `clutter-zero-shot-1`: held-out scenes of `sf_mllm.data.scene_tasks`; every sample is
+one rendered scene and a list of texts, exactly one of them true; the answer is the text with the highest cosine
+similarity. Command: `python -m eval.zero_shot --clip DIR [--tasks clutter]`. With `--tasks FOLDER` a user's own tasks,
+protocol `folder-zero-shot-1`: images are squeezed into a square.
 """
 
 import argparse
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
     from sf_mllm.data.zero_shot_tasks import ZeroShotTask
     from sf_mllm.training.zero_shot import ZeroShotResult
-
-PROTOCOL = "scenes-zero-shot-1"
-FOLDER_PROTOCOL = "zero-shot-folder-1"
 
 
 def evaluate(
@@ -131,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.zero_shot", description="Zero-shot tasks, scene by scene.")
     parser.add_argument("--clip", required=True, help="open_clip model directory, or demo:clip")
     parser.add_argument("--encoder", help="SparseFormer directory to use as the image tower")
-    parser.add_argument("--tasks", default="scenes", help="built-in tasks, or a folder of your own (default: scenes)")
+    parser.add_argument("--tasks", default="scenes", help="scenes, clutter, or a folder of your own (default: scenes)")
     parser.add_argument("--samples", type=int, default=512, help="most samples a task (default: 512)")
     parser.add_argument(
         "--prompt", action="append", help='for names of classes; repeat to average (default: "a photo of a {}.")'
@@ -153,8 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if options.rows is not None:
         from eval.rows import append_rows
+        from sf_mllm.data.scene_tasks import TASK_SETS
 
-        protocol = PROTOCOL if options.tasks == "scenes" else FOLDER_PROTOCOL
+        protocol = f"{options.tasks if options.tasks in TASK_SETS else 'folder'}-zero-shot-1"
         row = {"clip": options.clip, "encoder": options.encoder or "its own", "protocol": protocol}
         append_rows("zero_shot", [{**row, **asdict(item)} for item in results], options.device, options.rows)
     return 0
