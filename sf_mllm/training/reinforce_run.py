@@ -56,18 +56,20 @@ def make_store(config: BootstrapConfig) -> Path:
     directory = Path(config.store.path)
     settings = crop_settings(config.data)
     teacher = load_teacher(config.teacher)
-    images = find_run_images(config, Path(config.output_dir) / "scenes")
-    training = _training_groups(images)
-    writer = StoreWriter(
-        directory,
-        describe_origin(config, teacher, images.fingerprint),
-        layout={"store.crops": config.store.crops, "store.grid": config.store.grid},
-        groups=training.names,
-    )
+    arguments = make_training_arguments(loader_defaults(config.train), directory, config.seed)
+    with arguments.main_process_first(local=False, desc="beginning a store"):
+        images = find_run_images(config, Path(config.output_dir) / "scenes")
+        training = _training_groups(images)
+        writer = StoreWriter(
+            directory,
+            describe_origin(config, teacher, images.fingerprint),
+            layout={"store.crops": config.store.crops, "store.grid": config.store.grid},
+            groups=training.names,
+        )
     maker = _StoreMaker(
         writer,
         BootstrapTask(teacher, config.loss),
-        make_training_arguments(loader_defaults(config.train), directory, config.seed),
+        arguments,
         config,
         num_images=None if isinstance(images.source, TarShards) else images.num_images,
     )

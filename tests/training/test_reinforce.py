@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -337,6 +338,7 @@ def test_two_processes_share_the_groups(run_file, small_groups, monkeypatch):
             made = make_arguments(*arguments)
             monkeypatch.setattr(type(made), "process_index", rank)
             monkeypatch.setattr(type(made), "world_size", 2)
+            monkeypatch.setattr(type(made), "main_process_first", lambda self, **options: nullcontext())
             return made
 
         monkeypatch.setattr(reinforce_run, "make_training_arguments", arguments_of_a_process)
