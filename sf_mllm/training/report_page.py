@@ -146,7 +146,7 @@ def _task_cells(figures: TaskFigures | None) -> str:
 def _regions(runs: Sequence[RunData]) -> str:
     figures = [
         f"<figure><figcaption>{escape(run.name) if len(runs) > 1 else ''} after step {snapshot.step}</figcaption>"
-        f'<div class="strip">{_pictures(snapshot)}</div></figure>'
+        f'<div class="strip">{_pictures(snapshot, 8 if len(runs) == 1 else 4)}</div></figure>'
         for run in runs
         for snapshot in (run.snapshots if len(runs) == 1 else run.snapshots[-1:])
     ]
@@ -158,9 +158,9 @@ def _regions(runs: Sequence[RunData]) -> str:
     )
 
 
-def _pictures(snapshot: RegionSnapshot) -> str:
+def _pictures(snapshot: RegionSnapshot, count: int) -> str:
     elements = []
-    for pixels, rois in zip(snapshot.pixel_values, snapshot.rois, strict=True):
+    for pixels, rois in zip(snapshot.pixel_values[:count], snapshot.rois[:count], strict=True):
         file = io.BytesIO()
         picture = draw_boxes(Image.fromarray(pixels.permute(1, 2, 0).numpy()), rois, _PICTURE_SIDE)
         picture.save(file, "JPEG", quality=90, subsampling=0)

@@ -17,6 +17,8 @@ def make_sections(runs: Sequence[RunData]) -> dict[str, list[Panel]]:
     samplings = {name: f"sampling {name.rpartition('_')[2]}" for name in metrics if _is_of_one_sampling(name)}
     losses = {name: name.removeprefix("loss_") for name in metrics if name.startswith("loss")} | _LOSS_NAMES
     times = {name: name[len(_TIME_PARTS) : -len("_ms")] for name in metrics if _is_time(name)}
+    if len(runs) > 1:
+        times = {name: "" for name, part in times.items() if part == "step"}
     sections = {
         "What the student kept": _make_retention_panels(runs) + _make_task_panels(runs),
         "Regions": [

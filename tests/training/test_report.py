@@ -105,7 +105,7 @@ def test_runs_are_compared(make_run, tmp_path):
     assert differing_settings(runs) == ["loss.tokens"]
     report.write_report([tmp_path / "a/run", tmp_path / "b/run"], tmp_path / "out.html")
     page = Page((tmp_path / "out.html").read_text(encoding="utf-8"))
-    assert ["loss.tokens", "1.0", "2.5"] in page.rows and len(page.links) == 8
+    assert ["loss.tokens", "1.0", "2.5"] in page.rows and len(page.links) == 4
     figures = ["100", "96.0 ± 2.0", "93.1 ± 2.5", "97.00"]
     assert ["swap", "50.0", *figures, *figures] in page.rows
     panels = {panel.title: panel for panels in make_sections(runs).values() for panel in panels}
