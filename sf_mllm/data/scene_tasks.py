@@ -23,7 +23,7 @@ HELD_OUT_SEED = 4_000_000_001
 """Seed of the evaluation scenes; nothing is trained on it."""
 
 _INDICES_PER_TASK = 1_000_000
-_CHUNK = 256
+_CHUNK = 64
 
 
 class TaskSet(NamedTuple):
