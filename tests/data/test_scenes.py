@@ -203,6 +203,28 @@ def test_export_is_done_once_and_never_overwrites(tmp_path):
     assert [path.name for path in mine.iterdir()] == ["photo.txt"]
 
 
+def test_export_names_its_domain(tmp_path):
+    out = export_scenes(tmp_path / "clutter", 3, seed=3, image_size=64, domain="clutter", image_format="png")
+    expected = render(sample_scenes(torch.arange(3), ScenesConfig(seed=3, domain="clutter")), 64)
+    with Image.open(out / "images" / "000002.png") as image:
+        stored = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(64, 64, 3).permute(2, 0, 1)
+    torch.testing.assert_close(stored, expected[2], rtol=0, atol=0)
+    with pytest.raises(InputError, match=r"another request \(different: domain\)"):
+        export_scenes(out, 3, seed=3, image_size=64, image_format="png")
+    with pytest.raises(InputError, match="'photos' is unknown"):
+        export_scenes(tmp_path / "photos", 3, domain="photos")
+
+
+def test_export_from_before_there_were_domains_is_plain(tmp_path):
+    out = export_scenes(tmp_path / "scenes", 3, image_size=64)
+    request = json.loads((out / "scenes.json").read_text())
+    assert request.pop("domain") == "plain"
+    (out / "scenes.json").write_text(json.dumps(request))
+    assert export_scenes(out, 3, image_size=64) == out
+    with pytest.raises(InputError, match="different: domain"):
+        export_scenes(out, 3, image_size=64, domain="clutter")
+
+
 def test_failed_export_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
