@@ -12,7 +12,7 @@ Its file holds I images with K crops each (K is 1 for held-out images, which are
     crops      [I, K, 8], int64      width and height of the image, then of the crop top, left, height, width, flip,
                                      jitter seed (-1: none), see `augment.Crop`
     embedding  [I, K, E], fp16       the teacher's image embedding
-    patches    [I, K, G, G, D], int8 its normalised last patch features, averaged to a G x G grid
+    patches    [I, K, G, G, D], int8 its normalised last patch features, see `quantised_patches`
     scales     [I, K, G, G], fp16    one a vector: patches * scales are the features
     checksums  [I, K], int64         CRC-32 of one crop's place and content
 
@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -45,46 +44,6 @@ _PARTS = ("index", "checksums", *_CHECKED_PARTS)
 def bytes_per_crop(embedding_size: int, width: int, grid: int) -> int:
     """Disk cost of one crop: embedding, patches with their scales, box and checksum."""
     return 2 * embedding_size + grid**2 * (width + 2) + 72
-
-
-def quantise(feature_map: Tensor, grid: int) -> tuple[Tensor, Tensor]:
-    """Average a teacher's feature map to a coarser grid and round it to 8 bits.
-
-    Rounding changes a vector by max|x| / (127 sqrt(12) rms(x)) of its length: 0.7-1.4% where the largest entry is 3 to
-    6 times the usual one, so that the cosine to the exact vector stays above 0.9999; at most 5% (0.9988) where a few
-    channels are ten times larger than the others.
-
-    Args:
-        feature_map: [B, D, H, W].
-        grid: G, at most H and W.
-
-    Returns:
-        patches [B, G, G, D], int8; scales [B, G, G], fp16.
-    """
-    pooled = F.adaptive_avg_pool2d(feature_map.float(), grid).permute(0, 2, 3, 1).contiguous()  # [B, G, G, D]
-    # The scale is rounded before it divides, so that fp16 adds no error; a vector of zeros keeps any scale but 0.
-    scales = (pooled.abs().amax(dim=-1) / 127).clamp_min(2**-14).half()
-    patches = (pooled / scales.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
-    return patches, scales
-
-
-def dequantise(patches: Tensor, scales: Tensor) -> Tensor:
-    """Undo `quantise` up to its rounding.
-
-    Args:
-        patches: [B, G, G, D], int8.
-        scales: [B, G, G].
-
-    Returns:
-        [B, D, G, G], fp32.
-    """
-    return (patches.float() * scales.float()[..., None]).permute(0, 3, 1, 2)
-
-
-def rounding_error(feature_map: Tensor, patches: Tensor, scales: Tensor) -> float:
-    """Return what `quantise(feature_map, grid)` lost by rounding: mean length of the error over that of the vector."""
-    exact = F.adaptive_avg_pool2d(feature_map.float(), patches.shape[1])
-    return ((dequantise(patches, scales) - exact).norm(dim=1) / exact.norm(dim=1)).mean().item()
 
 
 class TeacherStore:
@@ -156,7 +115,8 @@ class TeacherStore:
 
         Returns:
             The crop, and {"teacher_embedding": [E], fp16, "teacher_patches": [G, G, D], int8, "teacher_scales":
-            [G, G], fp16}, which a data loader collates and `dequantise` reads.
+            [G, G], fp16}, which a data loader collates and
+            `quantised_patches.dequantise` reads.
 
         Raises:
             InputError: the store has nothing of this image or another image in its place, or what it has is damaged.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sf_mllm.data.teacher_store import dequantise
+from sf_mllm.data.quantised_patches import dequantise
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerOutput
 from sf_mllm.training.bootstrap_config import LossConfig
 from sf_mllm.training.losses import (

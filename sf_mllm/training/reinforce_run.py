@@ -24,8 +24,9 @@ from sf_mllm.data.group_crops import (
     ShardGroups,
     WholeImage,
 )
+from sf_mllm.data.quantised_patches import quantise, rounding_error
 from sf_mllm.data.tar_shards import TarShards
-from sf_mllm.data.teacher_store import bytes_per_crop, quantise, rounding_error
+from sf_mllm.data.teacher_store import bytes_per_crop
 from sf_mllm.data.teacher_store_writer import StoreWriter
 from sf_mllm.errors import InputError
 from sf_mllm.training.arguments import make_training_arguments

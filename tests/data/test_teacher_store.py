@@ -3,12 +3,12 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from sf_mllm.data.augment import Crop, ImageKey
 from sf_mllm.data.images import HELD_OUT
-from sf_mllm.data.teacher_store import TeacherStore, bytes_per_crop, dequantise, quantise
+from sf_mllm.data.quantised_patches import quantise
+from sf_mllm.data.teacher_store import TeacherStore, bytes_per_crop
 from sf_mllm.data.teacher_store_writer import StoreWriter
 from sf_mllm.errors import InputError
 
@@ -83,36 +83,6 @@ def test_cost_and_content_are_recorded(directory):
     index = 8 * (6 + 2 + 2)
     headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in directory.rglob("*.safetensors"))
     assert size - index - headers == 14 * cost
-
-
-@pytest.mark.parametrize(
-    ("outliers", "limit"),
-    [(1.0, 0.010), (10.0, 0.05)],
-    ids=["like a normal distribution", "ten times larger channels"],
-)
-def test_rounding_error_is_as_stated(outliers, limit):
-    torch.manual_seed(0)
-    feature_map = torch.randn(4, 512, 14, 14)
-    feature_map[:, ::128] *= outliers
-    pooled = F.avg_pool2d(feature_map, 2)
-    patches, scales = quantise(feature_map, 7)
-    assert (patches.dtype, patches.shape, scales.dtype, scales.shape) == (
-        torch.int8, (4, 7, 7, 512), torch.float16, (4, 7, 7),
-    )  # fmt: skip
-    restored = dequantise(patches, scales)
-    error = (restored - pooled).norm(dim=1) / pooled.norm(dim=1)
-    expected = pooled.abs().amax(dim=1) / (127 * 12**0.5 * pooled.square().mean(dim=1).sqrt())
-    torch.testing.assert_close(error, expected, rtol=0.15, atol=0)
-    assert error.max() < limit
-    assert F.cosine_similarity(restored, pooled, dim=1).min() > 1 - limit**2
-
-
-def test_a_map_of_zeros_and_a_map_of_the_grid_s_size():
-    zeros = torch.zeros(1, 5, 3, 3)
-    torch.testing.assert_close(dequantise(*quantise(zeros, 3)), zeros)
-    whole_numbers = torch.randint(-127, 128, (1, 50, 3, 3)).float()
-    whole_numbers[:, 0] = 127
-    torch.testing.assert_close(dequantise(*quantise(whole_numbers, 3)), whole_numbers)
 
 
 class Reads(Dataset):
