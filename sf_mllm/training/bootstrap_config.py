@@ -135,10 +135,11 @@ class StoreConfig:
     """Directory that `python -m sf_mllm.training.reinforce` makes and a run reads in place of asking the teacher; null:
     the teacher sees every crop of every epoch."""
     crops: int = 4
-    """Crops stored for each training image; a run that reads them takes the next one each epoch, then begins again."""
+    """Crops stored for each training image; a run takes the next one each epoch, then begins again. Like `grid` it
+    counts where the store is made; a run takes what is there."""
     grid: int = 7
-    """The teacher's patch features are averaged to this many squared; its own number and above keep them as they are. A
-    region smaller than a few of these cells learns from blurred features."""
+    """The teacher's patch features are averaged to this many squared, its own number and above keep them as they are: a
+    crop costs about grid^2 x width bytes. Regions as small as one of these cells learn from blurred features."""
 
 
 @dataclass

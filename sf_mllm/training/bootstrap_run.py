@@ -68,6 +68,8 @@ def build_trainer(
     with arguments.main_process_first(local=False, desc="preparing the images"):  # which may be drawn and are noted
         images = prepare_images(config, run)
     views = open_stored_views(config, teacher, images)
+    if views is not None:
+        run.update_record(store=views.store.description["content"])
     training, held_out = make_datasets(images, config, run, arguments, views)
     trainer = BootstrapTrainer(
         task=BootstrapTask(teacher, config.loss),

@@ -137,6 +137,8 @@ def test_a_run_with_a_store_never_asks_the_teacher_and_learns(run_file, monkeypa
         monkeypatch.setattr(f"sf_mllm.training.teachers.OpenClipTeacher.{method}", None)
     assert bootstrap.main([str(run_file), *STORE, f"store.path={config.store.path}", *overrides]) == 0
     assert "The teacher's outputs come from" in caplog.text
+    record = json.loads((Path(config.output_dir) / "run.json").read_text())
+    assert (record["store"]["images"], record["store"]["grid"]) == (14, 2)
     rows = rows_of(config.output_dir)
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.6 * losses[0]
