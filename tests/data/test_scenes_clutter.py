@@ -85,6 +85,22 @@ def test_attributes_are_balanced(scenes):
         assert (getattr(scenes, name)[~present] == -1).all(), name
 
 
+def test_only_what_is_large_enough_has_a_pattern(scenes):
+    patterned = {
+        (CLUTTER.sizes[size], shape >= len(SHAPES))
+        for size, shape in zip(*(v[scenes.texture > 0].tolist() for v in (scenes.size, scenes.shape)), strict=True)
+    }
+    assert patterned == {(size, False) for size in ("small", "medium", "large")} | {("medium", True), ("large", True)}
+
+
+def test_glyphs_and_crosses_stand_upright(scenes):
+    turn = torch.minimum(scenes.angle, UNIT - scenes.angle)[scenes.present]  # 0 .. UNIT / 2
+    shape = scenes.shape[scenes.present]
+    is_upright = (shape >= len(SHAPES)) | (shape == SHAPES.index("cross"))
+    assert UNIT / 20 < turn[is_upright].max() <= UNIT / 18 + 1
+    assert (turn[~is_upright] > UNIT / 18).float().mean() > 0.8
+
+
 def test_objects_touch_only_where_one_clearly_hides_a_part_of_another(scenes):
     hidden = scenes.hidden
     assert (hidden[hidden > 0] >= CLEARLY_HIDDEN).all()
