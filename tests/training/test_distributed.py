@@ -80,17 +80,15 @@ def figures_of(folder):
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=needs_deepspeed)])
 def test_two_processes_killed_and_resumed_end_as_one_that_was_not_disturbed(run_file, tmp_path, strategy):
-    """Both take 8 steps of 4 images; the two processes accumulate twice one image each and resume at step 4."""
-    settings = ["train.save_steps=4"]
-    one = run_bootstrap(
-        load_run_config(BootstrapConfig, run_file, [*settings, f"output_dir={tmp_path / 'one'}"])
-    ).parent
+    """Both take 8 steps of 8 images in micro-batches of 2; the two processes resume at step 4."""
+    settings = ["train.save_steps=4", "train.per_device_train_batch_size=2"]
+    alone = [*settings, f"output_dir={tmp_path / 'one'}", "train.gradient_accumulation_steps=4"]
+    one = run_bootstrap(load_run_config(BootstrapConfig, run_file, alone)).parent
     two = tmp_path / "two"
     arguments = [
         str(run_file),
         *settings,
         f"output_dir={two}",
-        "train.per_device_train_batch_size=1",
         "train.gradient_accumulation_steps=2",
     ]
     if strategy == "zero2":
@@ -105,11 +103,11 @@ def test_two_processes_killed_and_resumed_end_as_one_that_was_not_disturbed(run_
     assert done.stderr.count("Saved the encoder") == 1
 
     record = json.loads((two / "run.json").read_text())
-    assert record["outcome"] == "complete" and record["global_batch_size"] == 4
+    assert record["outcome"] == "complete" and record["global_batch_size"] == 8
     ours, theirs = load_file(two / "encoder/model.safetensors"), load_file(one / "encoder/model.safetensors")
     assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
-    # Sums in another order differ by 1e-7; Adam turns that into up to 1.5e-4 where a gradient is near zero.
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    # Sums in another order differ by 1e-7; where a gradient is almost zero Adam makes 5e-5 of that (measured).
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-4)
     for row, expected in zip(figures_of(two), figures_of(one), strict=True):
         assert row == pytest.approx(expected, rel=2e-3, abs=1e-4)
 
