@@ -110,7 +110,7 @@ def _draw_cluttered(scenes: Scenes, image_size: int) -> Tensor:
             color, opacity = grey[:, item, None, None].float(), doodle_alpha[:, item, None]
         else:
             color, opacity = rgb[:, item - number], object_alpha[:, item - number, None]
-        canvas = canvas.scatter(2, position, below + opacity * (color - below))
+        canvas.scatter_(2, position, below + opacity * (color - below))
 
     gain, amplitude, key = scenes.exposure[..., None].unbind(dim=1)  # [B, 1] each
     words = mix_bits(key ^ mix_bits(torch.arange(image_size**2, device=key.device)))  # [B, HW]
