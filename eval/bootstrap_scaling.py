@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--micro-batch", type=int, help="images of one pass (default: one fitting the size)")
     parser.add_argument("--global-batch", type=int, default=1024, help="images of an optimizer step (default 1024)")
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each run (default 24)")
-    parser.add_argument("--files", type=int, default=4096, help="JPEG files to draw (default 4096)")
+    parser.add_argument("--files", type=int, default=2048, help="JPEG files to draw (default 2048)")
     parser.add_argument("--file-size", type=int, default=224, help="side of the JPEG files in pixels (default 224)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--work", type=Path, help="folder for files and runs (default: a temporary one)")

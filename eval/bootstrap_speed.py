@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--micro-batch", nargs="+", type=int, help="images of one pass (default: one fitting the size)")
     parser.add_argument("--global-batch", type=int, default=512, help="images of an optimizer step (default 512)")
     parser.add_argument("--steps", type=int, default=32, help="optimizer steps of each run (default 32)")
-    parser.add_argument("--files", type=int, default=4096, help="JPEG files to draw (default 4096)")
+    parser.add_argument("--files", type=int, default=2048, help="JPEG files to draw (default 2048)")
     parser.add_argument("--file-size", type=int, default=400, help="side of the JPEG files in pixels (default 400)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--work", type=Path, help="folder for files, store and runs (default: a temporary one)")

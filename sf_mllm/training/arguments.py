@@ -1,6 +1,7 @@
 """From the section `train` of a run's YAML to `transformers.TrainingArguments`."""
 
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from transformers import TrainingArguments
 
 from sf_mllm.errors import InputError, first_line, nearest
+
+logger = logging.getLogger(__name__)
 
 _SET_BY_THE_RUN = {
     "output_dir": "set output_dir at the top level",
@@ -73,7 +76,7 @@ def make_training_arguments(train: dict[str, Any], checkpoints: str | Path, seed
         "disable_tqdm": True,  # training/progress.py prints a line that also reads well in a log file
     }
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             **{**defaults, **train},
             output_dir=str(checkpoints),
             seed=seed,
@@ -81,6 +84,15 @@ def make_training_arguments(train: dict[str, Any], checkpoints: str | Path, seed
         )
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"The section 'train' is refused by transformers: {first_line(error)}.") from error
+    if arguments.n_gpu > 1:
+        # One process would drive all of them by DataParallel, slowly and with a larger batch than was asked for.
+        logger.warning(
+            "Using one of %d GPUs; start with torchrun --nproc_per_node %d -m ... to use them all.",
+            arguments.n_gpu,
+            arguments.n_gpu,
+        )
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _is_of_kind(value: Any, kind: type) -> bool:
