@@ -3,13 +3,14 @@
 import random
 import re
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
 
 from sf_mllm.data.scene_captions import full_captions
 from sf_mllm.data.scene_domains import GLYPHS, SHAPES, SIZE_ORDER, TEXTURES
-from sf_mllm.data.scene_language import caption, describe, describe_for_reading, objects_of
+from sf_mllm.data.scene_language import RELATIONS, caption, describe, describe_for_reading, objects_of
 from sf_mllm.data.scene_questions import ask_questions
 from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes
 from sf_mllm.data.scene_tasks import build_tasks
@@ -95,13 +96,13 @@ def test_texts_are_true(scenes_in_words):
         told = Counter(tuple(sorted(read_phrase(phrase).items())) for phrase in phrases.split("; "))
         names = ("size", "color", "texture", "shape", "place")
         assert told == Counter(tuple(sorted((name, getattr(item, name)) for name in names)) for item in objects)
-        text = caption(objects, random.Random(index))
-        for relation in ("left of", "right of", "above", "below", "in front of", "behind"):
+        texts = [caption(objects, random.Random(f"{index} {number}")) for number in range(4)]
+        for text, relation in product(texts, RELATIONS):
             if f" {relation} " in text:
                 first, second = (matching(read_phrase(part), objects) for part in text.split(f" {relation} "))
                 assert any(related(relation, a, b) for a in first for b in second)
                 said[relation] += 1
-    assert set(said) >= {"left of", "above", "in front of", "behind"}
+    assert set(said) == set(RELATIONS)
     assert " plain " in describe(scenes_in_words[0]) or any(word in describe(scenes_in_words[0]) for word in TEXTURES)
 
 
