@@ -12,6 +12,7 @@ from sf_mllm.data.scene_captions import (
     Captions,
     all_phrases,
     count_captions,
+    count_families,
     list_captions,
     may_hold,
     phrases_hold,
@@ -26,6 +27,7 @@ from sf_mllm.data.scene_words import tokenize
 IMAGE_SIZE = 224
 WRONG_TEXTS = 3  # wrong versions of each caption
 PHASES = ((0.04, 1), (0.1, 2), (0.2, 4), (1.0, 8))  # (until this share of the run, most objects)
+CROWDED = 5  # objects from which on scenes are hard; in the last phase every second scene has as many
 _CAPTION_KINDS: tuple[Callable[[Scenes, Draws], Captions], ...] = (
     list_captions,
     relation_captions,
@@ -53,6 +55,7 @@ class Batch:
     groups: list[CaptionGroup]  # as _CAPTION_KINDS
     phrases: Tensor  # [P, phrase length of the domain] tokens of every caption of one object
     phrases_hold: Tensor  # [P, B] bool, which of them are true of which scene
+    phrase_counts: list[int]  # how many phrases in a row state the same attributes; sums to P
 
     @property
     def lists(self) -> Tensor:
@@ -90,6 +93,7 @@ class BatchMaker:
         self._phrases_hold = torch.compile(phrases_hold, dynamic=False) if compiles else phrases_hold
         self._phrases = all_phrases(device, domain)
         self._phrase_tokens = tokenize(self._phrases)[:, : DOMAINS[domain].phrase_length]
+        self._phrase_counts = count_families(self._phrases)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Batch]] = {}  # by the most objects in a scene
 
     def make(self, step: int, progress: float) -> Batch:
@@ -122,8 +126,13 @@ class BatchMaker:
         return graph, batch
 
     def _build(self, max_objects: int) -> Batch:
-        config = ScenesConfig(seed=self.seed, max_objects=max_objects, domain=self.domain)
-        originals = sample_scenes(self.indices, config)
+        least = CROWDED if max_objects > CROWDED else 1
+        originals = concatenate(
+            [
+                sample_scenes(part, ScenesConfig(self.seed, min_objects, max_objects, domain=self.domain))
+                for part, min_objects in zip(self.indices.chunk(2), (1, least), strict=True)
+            ]
+        )
         scenes = concatenate((originals, make_twins(originals, Draws(self.seed + _TWIN_SEED_OFFSET, self.indices))))
         indices = torch.cat((self.indices, self.indices))  # twins get captions of the same structure
         draws = Draws(self.seed + _CAPTION_SEED_OFFSET, indices)
@@ -136,6 +145,7 @@ class BatchMaker:
             groups=groups,
             phrases=self._phrase_tokens,
             phrases_hold=self._phrases_hold(self._phrases, scenes),
+            phrase_counts=self._phrase_counts,
         )
 
     def _add_wrong(self, scenes: Scenes, captions: Captions, wrong_draws: Draws) -> CaptionGroup:

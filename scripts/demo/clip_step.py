@@ -110,21 +110,30 @@ def contrastive_losses(image: Tensor, text: Tensor, scale: Tensor, group: Captio
     return torch.stack((info_nce, wrong_loss, twin_loss))
 
 
-def phrase_loss(image: Tensor, phrases: Tensor, scale: Tensor, holds: Tensor) -> Tensor:
-    """Cross entropy of every true phrase about an image against all false ones; a mean over images.
+def phrase_loss(image: Tensor, phrases: Tensor, scale: Tensor, holds: Tensor, counts: list[int]) -> Tensor:
+    """Cross entropy of every true phrase about an image against all false ones that state the same attributes.
 
-    All near misses are among them: the right shape in the wrong place, the right place with the wrong colour.
+    All near misses are among them: the right shape in the wrong place, the right place with the wrong colour. Phrases
+    that state other attributes are left out: no order between "red object" and "small blue star top" is asked for.
 
     Args:
         image: [B, E] unit features.
         phrases: [P, E] unit features.
         scale: factor of the cosine similarities.
-        holds: [P, B] bool, at least one true for each image.
+        holds: [P, B] bool.
+        counts: how many phrases in a row state the same attributes; sums to P.
+
+    Returns:
+        Mean over images and sets of attributes.
     """
-    logits, is_true = scale * image @ phrases.T, holds.T  # [B, P]
-    false_mass = logits.masked_fill(is_true, -math.inf).logsumexp(dim=1, keepdim=True)
-    losses = F.softplus(false_mass - logits).masked_fill(~is_true, 0)
-    return (losses.sum(dim=1) / is_true.sum(dim=1)).mean()
+    losses = []
+    logits = (scale * image @ phrases.T).split(counts, dim=1)
+    for values, is_true in zip(logits, holds.T.split(counts, dim=1), strict=True):
+        # Not -inf, whose gradient is undefined where all phrases are true.
+        false_mass = values.masked_fill(is_true, -1e4).logsumexp(dim=1, keepdim=True)
+        loss = F.softplus(false_mass - values).masked_fill(~is_true, 0)
+        losses.append((loss.sum(dim=1) / is_true.sum(dim=1).clamp(min=1)).mean())
+    return torch.stack(losses).mean()
 
 
 def patch_loss(logits: Tensor, scenes: Scenes) -> Tensor:

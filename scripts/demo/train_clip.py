@@ -145,7 +145,7 @@ def train(options: argparse.Namespace) -> list[ZeroShotResult]:
         ]
         parts = (
             *torch.stack(by_group).mean(dim=0),
-            phrase_loss(image, phrases, scale, batch.phrases_hold),
+            phrase_loss(image, phrases, scale, batch.phrases_hold, batch.phrase_counts),
             patch_loss(patches, batch.scenes),
         )
         patch_weight = PATCH_LOSS_WEIGHTS[0] + progress * (PATCH_LOSS_WEIGHTS[1] - PATCH_LOSS_WEIGHTS[0])

@@ -89,7 +89,8 @@ def all_phrases(device: str | torch.device, domain: str = "plain") -> Captions:
     In a domain with many shapes only those that state one or two attributes, or colour, shape and place.
 
     Returns:
-        3239 captions of plain scenes, 4561 of cluttered ones; the one that states nothing is left out.
+        3239 captions of plain scenes, 4561 of cluttered ones; the one that states nothing is left out. Those that state
+        the same attributes stand together, see `count_families`.
     """
     attributes = DOMAINS[domain].attributes
     columns = [torch.arange(ANY, len(values), device=device) for values in attributes.values()]
@@ -98,10 +99,16 @@ def all_phrases(device: str | torch.device, domain: str = "plain") -> Captions:
         is_stated = stated != ANY
         is_usual = torch.tensor([name in ("color", "shape", "place") for name in attributes], device=device)
         stated = stated[(is_stated.sum(dim=1) <= 2) | (is_stated == is_usual).all(dim=1)]
+    stated = stated[_family(stated).argsort(stable=True)]
     zeros = torch.zeros(len(stated), dtype=torch.int64, device=device)
     phrase = F.pad(stated[:, None], (0, 0, 0, MAX_OBJECTS - 1), value=ANY)  # [P, 8, A]
     used = torch.arange(MAX_OBJECTS, device=device).expand(len(stated), -1) < 1
     return Captions(zeros + LIST, phrase, used, number=zeros + ANY, relation=zeros, domain=domain)
+
+
+def count_families(phrases: Captions) -> list[int]:
+    """Return how many of `all_phrases` state the same attributes, in their order."""
+    return torch.unique_consecutive(_family(phrases.phrase[:, 0]), return_counts=True)[1].tolist()
 
 
 def phrases_hold(phrases: Captions, scenes: Scenes) -> Tensor:
@@ -262,6 +269,11 @@ def _has_textures(scenes: Scenes) -> bool:
 
 def _may_overlap(scenes: Scenes) -> bool:
     return DOMAINS[scenes.domain].is_cluttered
+
+
+def _family(stated: Tensor) -> Tensor:
+    """Number [P] for which of the attributes [P, A] are stated."""
+    return ((stated != ANY) << torch.arange(stated.shape[-1], device=stated.device)).sum(dim=-1)
 
 
 def _first(number: int, scenes: Scenes) -> Tensor:

@@ -138,17 +138,26 @@ def test_losses_equal_a_plain_loop(number):
 
 def test_phrase_loss_equals_a_plain_loop():
     generator = torch.Generator().manual_seed(0)
-    image = F.normalize(torch.randn(3, 5, generator=generator), dim=-1)
-    phrases = F.normalize(torch.randn(7, 5, generator=generator), dim=-1)
-    holds = torch.rand(7, 3, generator=generator) < 0.4
-    holds[0] = True
-    logits = (4 * image @ phrases.T).double()
+    image = F.normalize(torch.randn(3, 5, generator=generator), dim=-1).requires_grad_()
+    phrases = F.normalize(torch.randn(9, 5, generator=generator), dim=-1)
+    holds = torch.rand(9, 3, generator=generator) < 0.4
+    holds[0], holds[4] = True, False
+    holds[4:6, 0], holds[6:, 1] = True, False  # a set of attributes with no false phrase, one with no true phrase
+    counts = [4, 2, 3]
+    loss = phrase_loss(image, phrases, torch.tensor(4.0), holds, counts)
+    logits = (4 * image @ phrases.T).double().detach()
     losses = []
     for i in range(3):
-        false = logits[i][~holds[:, i]].exp().sum()
-        losses.append(torch.stack([-(v.exp() / (v.exp() + false)).log() for v in logits[i][holds[:, i]]]).mean())
-    expected = torch.stack(losses).mean().float()
-    torch.testing.assert_close(phrase_loss(image, phrases, torch.tensor(4.0), holds), expected)
+        start = 0
+        for count in counts:
+            some, are_true = logits[i, start : start + count].exp(), holds[start : start + count, i]
+            false = some[~are_true].sum()
+            each = [-(value / (value + false)).log() for value in some[are_true]]
+            losses.append(sum(each, torch.tensor(0.0).double()) / max(len(each), 1))
+            start += count
+    torch.testing.assert_close(loss, torch.stack(losses).mean().float())
+    loss.backward()
+    assert image.grad.isfinite().all()
 
 
 def test_perfect_patch_predictions_cost_nothing():
@@ -173,6 +182,8 @@ def test_batches_are_repeatable_and_follow_the_curriculum():
         assert group.holds.diagonal().all()
         assert different.tokens.ne(group.tokens).any()
     progress = (0.0, 0.1, 0.15, 0.9)
+    counts = make_batch(5, 64, seed=3, progress=0.9).scenes.count
+    assert counts[16:32].min() >= 4 and counts[:16].min() < 4  # every second original is crowded; some find no room
     most = [make_batch(5, 64, seed=3, progress=value).scenes.count.max() for value in progress]
     assert [int(value) for value in most] == [1, 2, 4, 8]
 
