@@ -170,6 +170,15 @@ def test_scenes_mix_with_others(run_file, image_folder):
     assert len(images.source) == 18
 
 
+def test_scenes_of_the_domain_that_is_asked_for(run_file):
+    config = read(run_file, "data.images=scenes", "data.scenes_count=4", "data.scenes_domain=clutter")
+    folder = run_file.parent / "clutter"
+    assert len(find_run_images(config, folder).source) == 4
+    assert json.loads((folder / "scenes.json").read_text())["domain"] == "clutter"
+    with pytest.raises(InputError, match="Scene domain 'photos' is unknown; choose one of: plain, clutter"):
+        find_run_images(read(run_file, "data.images=scenes", "data.scenes_domain=photos"), run_file.parent / "photos")
+
+
 def test_shards_are_dealt_to_the_readers_of_the_first_start(run_file, shards, caplog):
     config = read(run_file, f"data.images={shards}", f"data.held_out_images={shards}/4.tar")
     run = RunFolder.open(config, config.output_dir)
