@@ -105,13 +105,13 @@ class LossConfig:
     tokens: float = 1.0
     """1 - cosine between a latent token and the teacher's features inside its final region."""
     coverage: float = 0.0
-    """Share of the variance of the teacher's features that averages inside the final regions do not explain."""
+    """What averages inside the final regions do not explain of the teacher's features, mostly where they vary."""
     spread: float = 0.0
     """How much too little the centre of a region varies over images, in image sizes."""
     roi_hinge: float = 0.5
     """Distance of region edges outside the image, in image sizes."""
     point_hinge: float = 0.0
-    """The same of sampling points."""
+    """The same of sampling points, from 2 % inside the image on."""
 
 
 @dataclass

@@ -56,21 +56,21 @@ class BootstrapTask:
         Returns:
             Each loss that has a weight, unweighted, [B], by the name of its weight.
         """
-        assert output.last_hidden_state is not None and output.pooler_output is not None and output.rois is not None
-        assert output.sampling_points is not None
-        final_rois = output.rois[:, -1]
-        latents = output.last_hidden_state[:, -output.rois.shape[2] :]
+        tokens, embedding = output.last_hidden_state, output.pooler_output
+        rois, points = output.rois, output.sampling_points
+        assert tokens is not None and embedding is not None and rois is not None and points is not None
+        final_rois, latents = rois[:, -1], tokens[:, -rois.shape[2] :]
         losses: dict[str, Callable[[], Tensor]] = {
             "tokens": lambda: token_loss(latents, average_in_rois(target.feature_map, final_rois.detach())),
             "coverage": lambda: coverage_loss(target.feature_map, final_rois),
             "spread": lambda: spread_loss(final_rois),
-            "roi_hinge": lambda: roi_hinge_loss(output.rois),
-            "point_hinge": lambda: point_hinge_loss(output.sampling_points),
+            "roi_hinge": lambda: roi_hinge_loss(rois),
+            "point_hinge": lambda: point_hinge_loss(points),
         }
         if self.teacher.output_kind == "logits":
-            losses["classification"] = lambda: classification_loss(output.pooler_output, target.embedding)
+            losses["classification"] = lambda: classification_loss(embedding, target.embedding)
         else:
-            losses["embedding"] = lambda: embedding_loss(output.pooler_output, target.embedding)
+            losses["embedding"] = lambda: embedding_loss(embedding, target.embedding)
         return {name: loss() for name, loss in losses.items() if getattr(self.weights, name)}
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:

@@ -8,6 +8,8 @@ from sf_mllm.ops.sampling import sample_points
 
 _SMALLEST_SIZE = 0.02
 """In image sizes; narrower regions count as this wide, so that one place cannot belong to them alone."""
+_EDGE = 0.02
+"""In image sizes; points that were only asked to stay inside would half the time end up just outside."""
 
 
 def embedding_loss(student_embeddings: Tensor, teacher_embeddings: Tensor) -> Tensor:
@@ -77,11 +79,11 @@ def average_in_rois(feature_map: Tensor, rois: Tensor, points_per_side: int = 4)
 
 
 def coverage_loss(feature_map: Tensor, rois: Tensor) -> Tensor:
-    """Share of a feature map's variance over the image that the averages inside the RoIs do not explain.
+    """How badly a feature map is put together again from the averages inside the RoIs, mostly where it has content.
 
-    The map is put together again from one vector a region; each place takes a mixture of the regions around it, nearer
-    and smaller ones first. So large regions do for even areas, and many small ones are needed where much happens: the
-    regions are drawn to content. Only regions learn from it, not what tokens say.
+    Each place takes a mixture of the regions around it, nearer and smaller ones first, and counts by how far it differs
+    from the mean over the image. So one large region does for an even area, and many small ones are needed where much
+    happens: the regions are drawn to content. Only regions learn from it, not what tokens say.
 
     Args:
         feature_map: [B, D, H, W].
@@ -103,16 +105,18 @@ def coverage_loss(feature_map: Tensor, rois: Tensor) -> Tensor:
     vectors = average_in_rois(feature_map, rois)  # [B, N, D]
     copy = closeness.softmax(dim=-1) @ vectors  # [B, HW, D]
     original = feature_map.float().flatten(2).transpose(1, 2)
-    error = (original - copy).square().sum(dim=(1, 2))
-    variance = (original - original.mean(dim=1, keepdim=True)).square().sum(dim=(1, 2))
-    return error / variance.clamp(min=1e-6)
+    error = (original - copy).square().sum(dim=-1)  # [B, HW]
+    content = (original - original.mean(dim=1, keepdim=True)).square().sum(dim=-1)
+    return (content * error).sum(dim=1) / content.square().sum(dim=1).clamp(min=1e-6)
 
 
-def spread_loss(rois: Tensor, target: float = 0.2) -> Tensor:
+def spread_loss(rois: Tensor, target: float = 0.17) -> Tensor:
     """How far the centre of a region varies too little over the images of a batch: zero from the target on.
 
+    A batch says little about the spread if it is small: keep the images of one pass, on one device, above a hundred.
+
     Args:
-        rois: [B, N, 4], image-relative; at least two images.
+        rois: [B, N, 4], image-relative.
         target: standard deviation in image sizes.
 
     Returns:
@@ -121,21 +125,21 @@ def spread_loss(rois: Tensor, target: float = 0.2) -> Tensor:
     Source: the variance term of VICReg, arXiv 2105.04906.
     """
     center = rois.float().unflatten(-1, (2, 2)).mean(dim=-2)  # [B, N, 2]
-    deviation = (center.var(dim=0) + 1e-6).sqrt()
+    deviation = (center.var(dim=0, correction=0) + 1e-6).sqrt()
     return F.relu(target - deviation).mean().expand(len(rois))
 
 
 def point_hinge_loss(sampling_points: tuple[Tensor, ...]) -> Tensor:
-    """How far sampling points lie outside the image, in image sizes: zero inside, linear outside.
+    """How far sampling points lie outside the image or on its very edge, in image sizes.
 
     Args:
         sampling_points: [B, N, P, 2] of each sampling, image-relative.
 
     Returns:
-        [B], means over all coordinates.
+        [B], means over all coordinates; zero from `_EDGE` inside the image on, and linear outside of that.
     """
     points = torch.stack(sampling_points, dim=1).float()
-    return (F.relu(-points) + F.relu(points - 1)).flatten(1).mean(dim=1)
+    return (F.relu(_EDGE - points) + F.relu(points - (1 - _EDGE))).flatten(1).mean(dim=1)
 
 
 def roi_hinge_loss(rois: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ def test_coverage_equals_a_plain_loop():
     expected = []
     for b in range(2):
         error, pixels = 0.0, feature_map[b].flatten(1).T
+        content = (pixels - pixels.mean(dim=0)).square().sum(dim=1)
         for row in range(2):
             for column in range(4):
                 x, y = (column + 0.5) / 4, (row + 0.5) / 2
@@ -111,8 +112,8 @@ def test_coverage_equals_a_plain_loop():
                     u, v = (x - (x1 + x2) / 2) / ((x2 - x1) / 2), (y - (y1 + y2) / 2) / ((y2 - y1) / 2)
                     shares.append(math.exp(-(u**2) - v**2) / ((x2 - x1) * (y2 - y1)))
                 copy = sum(share * vector for share, vector in zip(shares, vectors[b], strict=True)) / sum(shares)
-                error += (feature_map[b, :, row, column] - copy).square().sum()
-        expected.append(error / (pixels - pixels.mean(dim=0)).square().sum())
+                error += content[4 * row + column] * (feature_map[b, :, row, column] - copy).square().sum()
+        expected.append(error / content.square().sum())
     torch.testing.assert_close(coverage_loss(feature_map, rois), torch.stack(expected))
 
 
@@ -128,8 +129,8 @@ def test_coverage_draws_a_region_to_content():
 def test_spread_by_hand():
     centers = torch.tensor([[[0.4, 0.5]], [[0.6, 0.5]]])
     rois = torch.cat([centers - 0.1, centers + 0.1], dim=-1)
-    deviation = math.sqrt(0.02 + 1e-6)  # of 0.4 and 0.6
-    expected = ((0.2 - deviation) + (0.2 - 1e-3)) / 2
+    deviation = math.sqrt(0.01 + 1e-6)  # of 0.4 and 0.6
+    expected = ((0.17 - deviation) + (0.17 - 1e-3)) / 2
     torch.testing.assert_close(spread_loss(rois), torch.full((2,), expected))
     torch.testing.assert_close(spread_loss(rois, target=0.0005), torch.zeros(2))
 
@@ -137,7 +138,7 @@ def test_spread_by_hand():
 def test_point_hinge_by_hand():
     first = torch.tensor([[[[-0.2, 0.5], [0.3, 1.0]]], [[[0.1, 0.2], [0.3, 0.4]]]])
     second = torch.tensor([[[[0.2, 1.4], [0.3, 0.0]]], [[[0.1, 0.2], [0.3, 0.4]]]])
-    torch.testing.assert_close(point_hinge_loss((first, second)), torch.tensor([0.6 / 8, 0.0]))
+    torch.testing.assert_close(point_hinge_loss((first, second)), torch.tensor([(0.22 + 0.02 + 0.42 + 0.02) / 8, 0.0]))
 
 
 def test_roi_hinge_by_hand():
