@@ -38,14 +38,22 @@ def provenance(device: str) -> dict[str, str]:
 
 
 def append_rows(benchmark: str, rows: Sequence[Mapping[str, Any]], device: str, directory: Path = RESULTS) -> Path:
-    """Append rows to `<directory>/<benchmark>.csv`, with provenance in the last columns.
+    """Append rows to `<directory>/<benchmark>.csv`, with the provenance of this process in the last columns.
+
+    Raises:
+        ValueError: the rows have other columns than the file.
+    """
+    return append_complete_rows(benchmark, [{**row, **provenance(device)} for row in rows], directory)
+
+
+def append_complete_rows(benchmark: str, rows: Sequence[Mapping[str, Any]], directory: Path = RESULTS) -> Path:
+    """Append rows that bring their provenance along.
 
     Raises:
         ValueError: the rows have other columns than the file.
     """
     path = directory / f"{benchmark}.csv"
-    complete = [{**row, **provenance(device)} for row in rows]
-    columns = list(complete[0])
+    columns = list(rows[0])
     is_new = not path.exists()
     if not is_new:
         with path.open(newline="", encoding="utf-8") as file:
@@ -57,7 +65,7 @@ def append_rows(benchmark: str, rows: Sequence[Mapping[str, Any]], device: str, 
         writer = csv.DictWriter(file, columns)
         if is_new:
             writer.writeheader()
-        writer.writerows(complete)
+        writer.writerows(rows)
     return path
 
 
