@@ -39,8 +39,14 @@ def test_command_exists(words):
     if words[0] == "bash":
         assert (ROOT / words[1]).is_file()
         if len(words) > 2:
-            schema = {"bootstrap_clip.sh": BootstrapConfig, "finetune_llava.sh": InstructConfig}[Path(words[1]).name]
-            load_run_config(schema, ROOT / words[2], words[3:])
+            stage_one = {"bootstrap_clip.sh": BootstrapConfig, "reinforce.sh": BootstrapConfig}
+            schema = (stage_one | {"finetune_llava.sh": InstructConfig})[Path(words[1]).name]
+            load_run_config(schema, ROOT / words[2], [word for word in words[3:] if word != "--report"])
+    elif words[0] in ("torchrun", "accelerate"):
+        start = words.index("-m")
+        assert words[start + 1] == "sf_mllm.training.bootstrap"
+        load_run_config(BootstrapConfig, ROOT / words[start + 2], words[start + 3 :])
+        assert all((ROOT / word).is_file() for word in words[:start] if word.startswith("configs/"))
     else:
         assert words[:3] == ["python", "-m", "sf_mllm.cli"]
         assert parse_arguments(words[3:]).image == "photo.jpg"

@@ -20,15 +20,21 @@ logger = logging.getLogger(__name__)
 _NOT_ON_THE_LINE = {"epoch", "total_flos", "step", "learning_rate", "grad_norm", "samples_per_s"}
 
 
-def report_progress(
-    trainer: Trainer, run: RunFolder, describe: Callable[[Mapping[str, Any]], str | None] = lambda row: None
-) -> None:
+Describe = Callable[[Mapping[str, Any]], str | None]
+"""Puts a row with many numbers into one line; None leaves it to the reporter."""
+
+
+def describe_nothing(row: Mapping[str, Any]) -> None:
+    """Leave every row to the reporter."""
+
+
+def report_progress(trainer: Trainer, run: RunFolder, describe: Describe = describe_nothing) -> None:
     """Let a Trainer write `metrics.jsonl` and log readable lines instead of printing dictionaries.
 
     Args:
         trainer: to report on.
         run: where the rows go.
-        describe: puts a row with many numbers into one line; None leaves it to the reporter.
+        describe: for rows that a run wants to word itself.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressReporter(run.metrics_file, describe))
@@ -47,7 +53,7 @@ def configure_logging() -> None:
 class ProgressReporter(TrainerCallback):
     """Appends one row for each log event; after a resume, rows beyond the resumed step are dropped first."""
 
-    def __init__(self, metrics_file: Path, describe: Callable[[Mapping[str, Any]], str | None]) -> None:
+    def __init__(self, metrics_file: Path, describe: Describe = describe_nothing) -> None:
         self.metrics_file = metrics_file
         self.describe = describe
         self._began = self._last_time = self._trained_until = 0.0

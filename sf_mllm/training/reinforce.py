@@ -28,8 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # The heavy imports come after parsing, so that --help and a mistyped option answer at once.
     from sf_mllm.config import load_run_config
-    from sf_mllm.training.bootstrap_config import BootstrapConfig
+    from sf_mllm.training.bootstrap_config import BootstrapConfig, refuse_expanded_braces
 
+    refuse_expanded_braces(options.overrides)
     config = load_run_config(BootstrapConfig, options.config, options.overrides)
 
     from sf_mllm.training.progress import configure_logging
