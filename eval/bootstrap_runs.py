@@ -43,12 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     collect = commands.add_parser("collect", help="turn run folders into rows")
     collect.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
     collect.add_argument("--study", required=True, help="name of the study in the rows")
+    collect.add_argument("--note", default="", help="what else a reader of the rows must know")
     collect.add_argument("--rows", type=Path, help="folder whose bootstrap_runs.csv the rows are appended to")
     options = parser.parse_intermixed_args(argv) if argv and argv[0] == "train" else parser.parse_args(argv)
     if options.command == "train":
         return train_study(options.study, options.overrides, options.out, options.parallel)
 
-    rows = make_rows(options.runs, options.study)
+    rows = make_rows(options.runs, options.study, options.note)
     for row in rows:
         print("  ".join(f"{name} {row[name]}" for name in ("run", "outcome", "settings", *_RECORDED, "accuracies")))
     if options.rows is not None:
@@ -87,7 +88,7 @@ def train_study(study_file: Path, overrides: Sequence[str], out: Path, parallel:
         return sum(status != 0 for status in pool.map(train, study["arms"]))
 
 
-def make_rows(paths: Sequence[Path], study: str) -> list[dict[str, Any]]:
+def make_rows(paths: Sequence[Path], study: str, note: str = "") -> list[dict[str, Any]]:
     """Return a row for each run; `settings` are those in which the runs differ."""
     from sf_mllm.training.report_data import read_runs
 
@@ -124,6 +125,7 @@ def make_rows(paths: Sequence[Path], study: str) -> list[dict[str, Any]]:
                 "revision": (record.get("revision") or "unknown")[:7],
                 "date": record["starts"][0]["at"][:10],
                 "command": " ".join(record["command"]),
+                "note": note,
             }
         )
     return rows
