@@ -1,6 +1,6 @@
 """Stage-one runs compared: train the arms of a study under equal budgets, and keep what came out as rows.
 
-    python -m eval.bootstrap_runs train STUDY.yaml --out runs/study --parallel 4 [key=value ...]
+    python -m eval.bootstrap_runs train --out runs/study --parallel 4 STUDY.yaml [key=value ...]
     python -m eval.bootstrap_runs collect runs/study/* --study regions --rows eval/results
 
 A study is a YAML file with `config`, a configuration of stage one, `overrides`, a list for all arms, and `arms`, a list
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     collect.add_argument("--study", required=True, help="name of the study in the rows")
     collect.add_argument("--note", default="", help="what else a reader of the rows must know")
     collect.add_argument("--rows", type=Path, help="folder whose bootstrap_runs.csv the rows are appended to")
-    options = parser.parse_intermixed_args(argv) if argv and argv[0] == "train" else parser.parse_args(argv)
+    options = parser.parse_args(argv)
     if options.command == "train":
         return train_study(options.study, options.overrides, options.out, options.parallel)
 

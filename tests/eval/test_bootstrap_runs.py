@@ -50,7 +50,7 @@ def test_rows_say_what_differs_and_what_came_out(tmp_path):
 def test_a_failing_arm_is_named_and_counted(tmp_path, capsys):
     study = tmp_path / "study.yaml"
     study.write_text("config: configs/bootstrap/demo.yaml\narms: {wrong: [loss.nothing=1], off: [loss.none=2]}\n")
-    assert main(["train", str(study), "--out", str(tmp_path / "out"), "--parallel", "2"]) == 2
+    assert main(["train", "--out", str(tmp_path / "out"), "--parallel", "2", str(study), "loss.tokens=2"]) == 2
     assert "wrong: failed" in capsys.readouterr().out
     assert "unknown key 'nothing'" in (tmp_path / "out/wrong.log").read_text()
 
@@ -63,5 +63,5 @@ def test_what_is_no_study_is_refused(tmp_path, capsys, content, message):
     study = tmp_path / "study.yaml"
     if content is not None:
         study.write_text(content)
-    assert main(["train", str(study), "--out", str(tmp_path / "out")]) == 2
+    assert main(["train", "--out", str(tmp_path / "out"), str(study)]) == 2
     assert message in capsys.readouterr().err
