@@ -49,7 +49,7 @@ def test_rows_say_what_differs_and_what_came_out(tmp_path):
 
 def test_a_failing_arm_is_named_and_counted(tmp_path, capsys):
     study = tmp_path / "study.yaml"
-    study.write_text("config: configs/bootstrap/demo.yaml\narms: {wrong: [loss.nothing=1], off: [loss.none=2]}\n")
+    study.write_text("config: configs/bootstrap/demo.yaml\narms: {wrong: [loss.nothing=1], other: [loss.none=2]}\n")
     assert main(["train", "--out", str(tmp_path / "out"), "--parallel", "2", str(study), "loss.tokens=2"]) == 2
     assert "wrong: failed" in capsys.readouterr().out
     assert "unknown key 'nothing'" in (tmp_path / "out/wrong.log").read_text()
