@@ -52,8 +52,11 @@ class StudentConfig:
     """Fields of SparseFormerConfig that do not follow from the teacher: num_latents, num_hidden_layers, ..."""
     start_from_class_token: bool = True
     """Start the student's class token from the teacher's."""
-    trained_cortex_blocks: int | None = None
-    """First inherited blocks that train; null: those below two thirds of the teacher's depth, as in the paper."""
+    trained_cortex_blocks: int | str | None = None
+    """How many of the first inherited blocks train, or "all"; null: those below two thirds of the teacher's depth, as
+    in the paper."""
+    train_head: bool = False
+    """Train the final norm, the attention pool and the projection too; else they stay the teacher's."""
 
 
 @dataclass
@@ -104,6 +107,13 @@ class LossConfig:
     """Divergence of the student's class probabilities from the teacher's; for teachers that classify."""
     tokens: float = 1.0
     """1 - cosine between a latent token and the teacher's features inside its final region."""
+    relations: float = 0.0
+    """Squared difference of the cosines between two latent tokens and between the features inside their regions."""
+    states: float = 0.0
+    """1 - cosine between all tokens and the teacher's where they enter an inherited block, mean over these blocks."""
+    reconstruction: float = 0.0
+    """1 - cosine between the teacher's features at each place and what a decoder, which trains beside the student and
+    is not saved with it, reads of them out of the latent tokens."""
     coverage: float = 0.0
     """What averages inside the final regions do not explain of the teacher's features, mostly where they vary."""
     spread: float = 0.0
@@ -156,6 +166,9 @@ class BootstrapConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     inherited_learning_rate: float = 3e-4
     """Peak rate of inherited cortex blocks; new parts use train.learning_rate."""
+    ema_decay: float = 0.0
+    """The weights that are measured and saved are an exponential moving average with this decay a step, less in the
+    first steps; 0: the trained weights themselves."""
     seed: int = 0
     """Initial weights, order of the images and augmentation."""
     train: dict[str, Any] = field(default_factory=dict)
@@ -186,7 +199,19 @@ class BootstrapConfig:
             ("teacher.image_size", self.teacher.image_size, self.teacher.image_size is None
              or self.teacher.image_size >= 8, "null or at least 8"),
             ("inherited_learning_rate", self.inherited_learning_rate, self.inherited_learning_rate >= 0, "at least 0"),
+            ("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "at least 0 and below 1"),
             ("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
         ):  # fmt: skip
             if not is_valid:
                 raise InputError(f"{name} must be {allowed}, got {value}.")
+        if self.loss.states and self.store.path is not None:
+            raise InputError(
+                "A teacher store holds final features only, but loss.states asks for those of earlier blocks; set "
+                "loss.states=0 or store.path=null."
+            )
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            if self.loss.reconstruction and self.train.get(name):
+                raise InputError(
+                    f"train.{name} cannot be combined with loss.reconstruction: the decoder keeps its activations; "
+                    "set one of both to 0."
+                )

@@ -13,9 +13,10 @@ from sf_mllm.training.arguments import make_training_arguments
 from sf_mllm.training.bootstrap_config import BootstrapConfig, DataConfig
 from sf_mllm.training.bootstrap_evaluation import describe_evaluation, measure_at_end, prepare_evaluation
 from sf_mllm.training.bootstrap_images import loader_defaults, make_datasets, prepare_images
-from sf_mllm.training.bootstrap_student import build_student
+from sf_mllm.training.bootstrap_student import build_student, find_state_blocks
 from sf_mllm.training.bootstrap_task import BootstrapTask
 from sf_mllm.training.bootstrap_trainer import BootstrapTrainer
+from sf_mllm.training.feature_decoder import StudentWithDecoder
 from sf_mllm.training.processes import check_deepspeed
 from sf_mllm.training.progress import report_progress
 from sf_mllm.training.run_folder import RunFolder, write_directory_atomically
@@ -53,7 +54,8 @@ def run_bootstrap(config: BootstrapConfig) -> Path:
             unreadable_images=len(trainer.train_dataset.unreadable),
         )
         if trainer.is_world_process_zero():
-            save_encoder(trainer.model, trainer.task.teacher, config.data, encoder_directory)
+            with trainer.final_weights():
+                save_encoder(trainer.student, trainer.task.teacher, config.data, encoder_directory)
     trainer.accelerator.end_training()
     logger.info("Saved the encoder in %s", encoder_directory)
     return encoder_directory
@@ -65,6 +67,8 @@ def build_trainer(
     """Put teacher, student and images together."""
     teacher = load_teacher(config.teacher)
     student, report = build_student(config, teacher)
+    model = StudentWithDecoder(student) if config.loss.reconstruction else student
+    state_blocks = find_state_blocks(len(student.cortex), report.first_block) if config.loss.states else ()
     with arguments.main_process_first(local=False, desc="preparing the images"):  # which may be drawn and are noted
         images = prepare_images(config, run)
     views = open_stored_views(config, teacher, images)
@@ -72,11 +76,12 @@ def build_trainer(
         run.update_record(store=views.store.description["content"])
     training, held_out = make_datasets(images, config, run, arguments, views)
     trainer = BootstrapTrainer(
-        task=BootstrapTask(teacher, config.loss),
+        task=BootstrapTask(teacher, config.loss, state_blocks),
         evaluation=prepare_evaluation(config, teacher, run.path, arguments.device),
         inherited_names=frozenset(report.copied),
         inherited_learning_rate=config.inherited_learning_rate,
-        model=student,
+        ema_decay=config.ema_decay,
+        model=model,
         args=arguments,
         train_dataset=training,
         eval_dataset=held_out,
@@ -86,7 +91,7 @@ def build_trainer(
 
 def log_plan(run: RunFolder, trainer: BootstrapTrainer, report: InheritanceReport) -> None:
     """Say and record what will happen."""
-    student, dataset = trainer.model, trainer.train_dataset
+    student, dataset = trainer.student, trainer.train_dataset
     counts = {
         "parameters": _count(student),
         "parameters_trained": _count(student, trained_only=True),

@@ -15,25 +15,38 @@ def build_student(config: BootstrapConfig, teacher: Teacher) -> tuple[SparseForm
     student, report = SparseFormerModel.from_vit(
         teacher.vit, start_from_class_token=config.student.start_from_class_token, **config.student.overrides
     )
+    num_blocks = len(student.cortex)
     num_trained = config.student.trained_cortex_blocks
     if num_trained is None:
-        num_trained = count_trained_blocks(len(student.cortex), report.first_block)
-    if not 0 <= num_trained <= len(student.cortex):
+        num_trained = count_trained_blocks(num_blocks, report.first_block)
+    elif num_trained == "all":
+        num_trained = num_blocks
+    if not isinstance(num_trained, int) or not 0 <= num_trained <= num_blocks:
         raise InputError(
-            f"student.trained_cortex_blocks={num_trained}, but the student has {len(student.cortex)} cortex blocks; "
-            "give a number from 0 to that."
+            f"student.trained_cortex_blocks={num_trained}, but the student has {num_blocks} cortex blocks; "
+            'give a number from 0 to that, or "all".'
         )
-    freeze_inherited_top(student, num_trained)
+    freeze_inherited_top(student, num_trained, train_head=config.student.train_head)
     return student, report
 
 
-def freeze_inherited_top(student: SparseFormerModel, num_trained_blocks: int) -> None:
-    """Freeze the cortex blocks above the first few and the head (final norm, pool, projection); the rest trains."""
+def freeze_inherited_top(student: SparseFormerModel, num_trained_blocks: int, *, train_head: bool) -> None:
+    """Freeze the cortex blocks above the first few and, unless it trains, the head; the rest trains."""
     student.requires_grad_(True)
-    head = (student.norm, student.attention_pool, student.projection)
+    head = () if train_head else (student.norm, student.attention_pool, student.projection)
     for module in (*student.cortex[num_trained_blocks:], *head):
         if module is not None:
             module.requires_grad_(False)
+
+
+def find_state_blocks(num_blocks: int, first_teacher_block: int) -> tuple[int, ...]:
+    """Teacher blocks whose outputs enter an inherited block; the patch embedding, which enters block 0, is none.
+
+    Args:
+        num_blocks: blocks of the student's cortex.
+        first_teacher_block: index of the teacher's block that became the first of them.
+    """
+    return tuple(range(max(first_teacher_block - 1, 0), first_teacher_block + num_blocks - 1))
 
 
 def count_trained_blocks(num_blocks: int, first_teacher_block: int) -> int:

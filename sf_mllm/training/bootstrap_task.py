@@ -1,6 +1,6 @@
 """Stage one's task: what a student is asked, with its frozen teacher, images and losses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -10,14 +10,18 @@ from torch import Tensor
 from sf_mllm.data.quantised_patches import dequantise
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerOutput
 from sf_mllm.training.bootstrap_config import LossConfig
+from sf_mllm.training.feature_decoder import DecodedOutput
 from sf_mllm.training.losses import (
     average_in_rois,
     classification_loss,
     coverage_loss,
     embedding_loss,
     point_hinge_loss,
+    reconstruction_loss,
+    relation_loss,
     roi_hinge_loss,
     spread_loss,
+    state_loss,
     token_loss,
 )
 from sf_mllm.training.teachers import Teacher, TeacherOutput
@@ -29,11 +33,14 @@ class BootstrapTask:
     Args:
         teacher: sees each image at its own size.
         weights: of the losses.
+        state_blocks: the teacher's blocks whose outputs `losses` compares with the student's states, in order, the last
+            one for the input of the student's last block; none without a weight for it.
     """
 
-    def __init__(self, teacher: Teacher, weights: LossConfig) -> None:
+    def __init__(self, teacher: Teacher, weights: LossConfig, state_blocks: Sequence[int] = ()) -> None:
         self.teacher = teacher
         self.weights = weights
+        self.state_blocks = tuple(state_blocks)
 
     def targets(self, batch: dict[str, Tensor]) -> TeacherOutput:
         """Return what the teacher says about a batch of crops, from a store if the batch comes from one.
@@ -44,13 +51,15 @@ class BootstrapTask:
         if "teacher_patches" in batch:
             feature_map = dequantise(batch["teacher_patches"], batch["teacher_scales"])
             return TeacherOutput(batch["teacher_embedding"].float(), feature_map)
-        return self.teacher(self.normalise(batch["pixel_values"], self.teacher.preprocessing.image_size))
+        pixels = self.normalise(batch["pixel_values"], self.teacher.preprocessing.image_size)
+        return self.teacher(pixels, self.state_blocks)
 
     def losses(self, output: SparseFormerOutput, target: TeacherOutput) -> dict[str, Tensor]:
         """Compare a student's output with the teacher's on the same crops.
 
         Args:
-            output: of the student on `self.normalise(batch["pixel_values"])`, with sampling points.
+            output: of the student on `self.normalise(batch["pixel_values"])`, with sampling points; with hidden states
+                if `self.state_blocks` names any, with a reconstruction if that has a weight.
             target: `self.targets(batch)`.
 
         Returns:
@@ -60,8 +69,12 @@ class BootstrapTask:
         rois, points = output.rois, output.sampling_points
         assert tokens is not None and embedding is not None and rois is not None and points is not None
         final_rois, latents = rois[:, -1], tokens[:, -rois.shape[2] :]
+        seen = average_in_rois(target.feature_map, final_rois.detach())
         losses: dict[str, Callable[[], Tensor]] = {
-            "tokens": lambda: token_loss(latents, average_in_rois(target.feature_map, final_rois.detach())),
+            "tokens": lambda: token_loss(latents, seen),
+            "relations": lambda: relation_loss(latents, seen),
+            "states": lambda: _compare_states(output, target, final_rois.detach()),
+            "reconstruction": lambda: _compare_reconstruction(output, target),
             "coverage": lambda: coverage_loss(target.feature_map, final_rois),
             "spread": lambda: spread_loss(final_rois),
             "roi_hinge": lambda: roi_hinge_loss(rois),
@@ -94,6 +107,19 @@ class BootstrapTask:
             for values in (self.teacher.preprocessing.mean, self.teacher.preprocessing.std)
         )
         return (pixels - mean) / std
+
+
+def _compare_states(output: SparseFormerOutput, target: TeacherOutput, rois: Tensor) -> Tensor:
+    assert output.hidden_states is not None, "the student was not asked for its states"
+    class_tokens = target.class_states or [None] * len(target.states)
+    states = output.hidden_states[-1 - len(target.states) : -1]  # the last one left the cortex
+    losses = [state_loss(*inputs, rois) for inputs in zip(states, target.states, class_tokens, strict=True)]
+    return torch.stack(losses).mean(dim=0)
+
+
+def _compare_reconstruction(output: SparseFormerOutput, target: TeacherOutput) -> Tensor:
+    assert isinstance(output, DecodedOutput) and output.reconstruction is not None, "the model has no decoder"
+    return reconstruction_loss(output.reconstruction, target.feature_map)
 
 
 @lru_cache

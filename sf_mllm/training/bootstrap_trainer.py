@@ -2,6 +2,7 @@
 
 import contextlib
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,21 +15,24 @@ from sf_mllm.data.teacher_store import StoredViews
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.training.bootstrap_evaluation import BootstrapEvaluation
 from sf_mllm.training.bootstrap_task import BootstrapTask
+from sf_mllm.training.ema import WeightAverage
+from sf_mllm.training.feature_decoder import StudentWithDecoder
 from sf_mllm.training.step_times import StepTimes
 
 
 class BootstrapTrainer(Trainer):
-    """Trainer whose model is the student alone, so that no checkpoint holds the teacher.
+    """Trainer whose model is the student, with its decoder if it has one: no checkpoint holds the teacher.
 
     Args:
         task: losses and teacher.
         evaluation: what is measured at each evaluation.
-        inherited_names: parameters that come from the teacher.
+        inherited_names: parameters of the student that come from the teacher.
         inherited_learning_rate: their peak rate; the others use `args.learning_rate`.
+        ema_decay: of the average of the student's weights that is measured and saved in their place; 0: of none.
         **kwargs: as for `Trainer`.
     """
 
-    model: SparseFormerModel
+    model: SparseFormerModel | StudentWithDecoder
     train_dataset: TrainingImages | StreamedImages
     eval_dataset: HeldOutImages
 
@@ -39,6 +43,7 @@ class BootstrapTrainer(Trainer):
         evaluation: BootstrapEvaluation,
         inherited_names: frozenset[str],
         inherited_learning_rate: float,
+        ema_decay: float,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -53,11 +58,19 @@ class BootstrapTrainer(Trainer):
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self.times = StepTimes(self.args.device, images_per_step=batch_size)
         self.add_callback(self.times)
+        self.average = WeightAverage(self.student, ema_decay) if ema_decay else None
+        if self.average is not None:
+            self.add_callback(self.average)
         if isinstance(self.train_dataset.views, StoredViews):
             return  # the teacher is not asked: it stays where it takes no memory from the student
         task.teacher.to(self.args.device)
         if self.args.torch_compile:
             task.teacher.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
+
+    @property
+    def student(self) -> SparseFormerModel:
+        """What becomes of the run."""
+        return self.model.student if isinstance(self.model, StudentWithDecoder) else self.model
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch the micro-batches of one step, and note how long that took."""
@@ -76,12 +89,15 @@ class BootstrapTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Student and teacher on one batch of uint8 images."""
-        output = model(self.task.normalise(inputs["pixel_values"]), output_sampling_points=True)
-        self.times.lap("student")
         with self.precision():
             target = self.task.targets(inputs)
-            self.times.lap("teacher")
-            losses = self.task.losses(output, target)
+        self.times.lap("teacher")
+        options: dict[str, Any] = {"output_hidden_states": bool(target.states), "output_sampling_points": True}
+        if isinstance(self.model, StudentWithDecoder):
+            options["grid"] = tuple(target.feature_map.shape[-2:])
+        output = model(self.task.normalise(inputs["pixel_values"]), **options)
+        self.times.lap("student")
+        losses = self.task.losses(output, target)
         for name, loss in losses.items():
             self._loss_sums[name] += loss.detach().mean()
         self._num_losses += 1
@@ -103,14 +119,14 @@ class BootstrapTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Give inherited and new parameters their own rates, and decay weight matrices only."""
         if self.optimizer is None:
-            student = self.model
+            inherited = {p for name, p in self.student.named_parameters() if name in self.inherited_names}
             # Start values (regions, embeddings, class token) are no weights: decay would pull regions to a corner.
-            decays = {name for name in self.get_decay_parameter_names(student) if name.endswith(".weight")}
+            decays = {name for name in self.get_decay_parameter_names(self.model) if name.endswith(".weight")}
             groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
-            for name, parameter in student.named_parameters():
+            for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    groups[name in self.inherited_names, name in decays].append(parameter)
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, student)
+                    groups[parameter in inherited, name in decays].append(parameter)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.student)
             self.optimizer = optimizer_class(
                 [
                     {
@@ -129,11 +145,21 @@ class BootstrapTrainer(Trainer):
     ) -> dict[str, float]:
         """Measure the student and log the result."""
         # Its batches have other sizes than those of training; compiling for each would cost more than it saves.
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), self.final_weights():
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluation.measure(self).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trained weights, and their average beside them."""
+        super().save_model(output_dir, _internal_call)
+        if self.average is not None and self.args.should_save:
+            self.average.save(Path(output_dir or str(self.args.output_dir)))
+
+    def final_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context the student has the weights that are measured and saved."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         """Read in order: the data set holds the whole run, already shuffled."""

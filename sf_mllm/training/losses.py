@@ -58,6 +58,61 @@ def token_loss(latents: Tensor, targets: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(latents.float(), targets.float(), dim=-1).mean(dim=-1)
 
 
+def relation_loss(latents: Tensor, targets: Tensor) -> Tensor:
+    """Squared difference between how alike two latent tokens are and how alike what the teacher sees at their places.
+
+    It asks which places resemble each other, whatever the direction in which all of them are off.
+
+    Args:
+        latents: [B, N, D], normalised by the student's final norm.
+        targets: [B, N, D], see `average_in_rois`.
+
+    Returns:
+        [B], means over pairs of different tokens.
+
+    Source: arXiv 1904.05068, relations by distance there; by cosine here.
+    """
+    student, teacher = (F.normalize(x.float(), dim=-1) for x in (latents, targets))
+    difference = student @ student.transpose(1, 2) - teacher @ teacher.transpose(1, 2)  # [B, N, N]
+    num_tokens = latents.shape[1]
+    return difference.square().sum(dim=(1, 2)) / max(num_tokens * (num_tokens - 1), 1)  # zero on the diagonal
+
+
+def state_loss(state: Tensor, feature_map: Tensor, class_token: Tensor | None, rois: Tensor) -> Tensor:
+    """One minus the cosine between tokens on their way through the student's blocks and the teacher's at that depth.
+
+    Args:
+        state: [B, N, D], or [B, N+1, D] with a class token first, as they enter a block.
+        feature_map: [B, D, h, w], the teacher's patches where they enter the block that this one was made of, each
+            normalised: see `TeacherOutput.states`.
+        class_token: [B, D], the teacher's there, normalised; needed if the student has one.
+        rois: [B, N, 4], final ones, image-relative xyxy; detached.
+
+    Returns:
+        [B], means over latent tokens; with a class token the mean of that and of its own.
+    """
+    num_latents = rois.shape[1]
+    state = F.layer_norm(state.float(), state.shape[-1:])
+    latents = token_loss(state[:, -num_latents:], average_in_rois(feature_map, rois))
+    if state.shape[1] == num_latents:
+        return latents
+    assert class_token is not None, "a student inherits its class token from a teacher that has one"
+    return (latents + embedding_loss(state[:, 0], class_token)) / 2
+
+
+def reconstruction_loss(reconstruction: Tensor, feature_map: Tensor) -> Tensor:
+    """One minus the cosine between a teacher's features and what a decoder reads of them out of the latent tokens.
+
+    Args:
+        reconstruction: [B, HW, D], row by row.
+        feature_map: [B, D, H, W].
+
+    Returns:
+        [B], means over places.
+    """
+    return token_loss(reconstruction, feature_map.flatten(2).transpose(1, 2))
+
+
 def average_in_rois(feature_map: Tensor, rois: Tensor, points_per_side: int = 4) -> Tensor:
     """Average a feature map over a regular grid of points inside each RoI, clamped into the image.
 
