@@ -13,10 +13,10 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from scripts.demo.shared import refuse_used_directory
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
 from sf_mllm.data.scene_domains import DOMAINS
 from sf_mllm.data.scene_words import BOS, EOS, PAD, WORDS, as_word
-from sf_mllm.errors import InputError
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 HEAD_WIDTH = 64
@@ -61,8 +61,7 @@ def create_directory(directory: Path, config: dict[str, Any]) -> None:
     Raises:
         InputError: the directory holds something.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"'{directory}' exists and is not an empty directory; give another --out or delete it.")
+    refuse_used_directory(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     build_tokenizer(config["model_cfg"]["text_cfg"]["context_length"]).save_pretrained(directory)

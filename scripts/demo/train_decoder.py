@@ -7,7 +7,6 @@ the place of that text. Command: `python -m scripts.demo.train_decoder --out DIR
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -29,14 +28,14 @@ from transformers import (
 
 from eval.scene_qa import answer_from_texts, format_results, held_out_questions, score
 from scripts.demo.decoder_data import encode_scenes, train_tokenizer
-from sf_mllm.errors import InputError, report_input_errors
+from scripts.demo.shared import Budget, refuse_used_directory
+from sf_mllm.errors import report_input_errors
 from sf_mllm.training.arguments import make_training_arguments
 from sf_mllm.training.progress import ProgressReporter, configure_logging
 from sf_mllm.training.run_folder import write_directory_atomically
 
 logger = logging.getLogger("sf_mllm.demo")
 
-WARM_UP_SHARE = 0.03
 _NO_LIMIT = 1_000_000
 
 
@@ -56,31 +55,6 @@ def build_decoder(tokenizer: PreTrainedTokenizerBase, *, hidden_size: int, layer
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-
-
-class Budget:
-    """A number of steps or of seconds, and the learning rate that goes with it: linear warm-up, cosine to zero."""
-
-    def __init__(self, steps: int | None, seconds: float | None) -> None:
-        self.steps = steps
-        self.seconds = seconds
-        self._began: float | None = None
-
-    def spent(self, step: int) -> float:
-        """Share of the budget that is used up; the clock starts at the first question."""
-        if self.seconds is None:
-            assert self.steps is not None
-            return step / self.steps
-        if self._began is None:
-            self._began = time.monotonic()
-        return (time.monotonic() - self._began) / self.seconds
-
-    def learning_rate_factor(self, step: int) -> float:
-        """Share of the peak rate."""
-        spent = min(self.spent(step), 1.0)
-        if spent < WARM_UP_SHARE:
-            return max(spent / WARM_UP_SHARE, 1e-3)
-        return 0.5 * (1 + math.cos(math.pi * (spent - WARM_UP_SHARE) / (1 - WARM_UP_SHARE)))
 
 
 class StopWhenSpent(TrainerCallback):
@@ -116,8 +90,7 @@ class DecoderTrainer(Trainer):
 def train(options: argparse.Namespace) -> None:
     """Train, save and evaluate a decoder."""
     out = Path(options.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"'{out}' exists and is not an empty directory; give another --out or delete it.")
+    refuse_used_directory(out)
     log = Path(options.log) if options.log else out.with_name(f"{out.name}.metrics.jsonl")
     began = time.monotonic()
     tokenizer = train_tokenizer(options.seed)

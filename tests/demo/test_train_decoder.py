@@ -6,7 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts.demo.decoder_data import VOCABULARY_SIZE, encode_scenes, scene_conversations, train_tokenizer
-from scripts.demo.train_decoder import Budget, main
+from scripts.demo.shared import Budget
+from scripts.demo.train_decoder import main
 from sf_mllm.constants import IGNORE_INDEX
 from sf_mllm.data.chat import stop_token
 
