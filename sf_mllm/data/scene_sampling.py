@@ -27,7 +27,7 @@ from sf_mllm.data.scene_draws import LARGEST_WORD, Draws, constant
 from sf_mllm.data.scene_glyphs import DOODLES
 from sf_mllm.data.scene_overlap import Outline, hidden_shares, most_hidden
 from sf_mllm.data.scene_placement import place_objects
-from sf_mllm.errors import InputError
+from sf_mllm.errors import InputError, nearest
 
 ABSENT = -1
 """Attribute value in the slots behind the last object."""
@@ -63,6 +63,7 @@ class ScenesConfig:
     max_objects: int = MAX_OBJECTS  # min_objects .. 8
     image_size: int = 224  # pixels, at least 32
     domain: str = "plain"  # one of DOMAINS
+    shapes: tuple[str, ...] | None = None  # all that objects may be, equally often; None: whatever the domain has
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= LARGEST_WORD:
@@ -76,6 +77,11 @@ class ScenesConfig:
             raise InputError(f"Scene image_size {self.image_size} is too small; give at least 32 pixels.")
         if self.domain not in DOMAINS:
             raise InputError(f"Scene domain '{self.domain}' is unknown; choose one of: {', '.join(DOMAINS)}.")
+        for shape in self.shapes or ():
+            if shape not in DOMAINS[self.domain].shapes:
+                raise InputError(
+                    f"Shape '{shape}' is none of domain '{self.domain}'.{nearest(shape, DOMAINS[self.domain].shapes)}"
+                )
 
 
 @dataclass
@@ -194,7 +200,10 @@ def sample_scenes(indices: Tensor, config: ScenesConfig) -> Scenes:
     wanted = config.min_objects + draws.integers(1, config.max_objects - config.min_objects + 1)[:, 0]  # [B]
     color = _draw_attribute(draws, len(COLORS))
     shape = _draw_attribute(draws, len(SHAPES))
-    if len(domain.shapes) > len(SHAPES):
+    if config.shapes:
+        choices = constant(tuple(domain.shapes.index(name) for name in config.shapes), indices.device)
+        shape = choices[draws.integers(MAX_OBJECTS, len(choices))]
+    elif len(domain.shapes) > len(SHAPES):
         glyph = len(SHAPES) + _draw_attribute(draws, len(GLYPHS))
         shape = torch.where(draws.integers(MAX_OBJECTS, _GLYPH_SHARE[1]) < _GLYPH_SHARE[0], glyph, shape)
     size = draws.integers(MAX_OBJECTS, len(domain.sizes))
