@@ -20,13 +20,18 @@ FULL_SIZE = {
 
 
 def test_every_bootstrap_config_is_covered():
-    assert [path.stem for path in BOOTSTRAP] == ["demo", "demo_model", *FULL_SIZE]
+    assert [path.stem for path in BOOTSTRAP] == ["demo", "demo_classifier", "demo_model", *FULL_SIZE]
 
 
 @pytest.mark.parametrize("path", BOOTSTRAP, ids=lambda path: path.stem)
 def test_bootstrap_config_parses(path, tmp_path):
     # TrainingArguments switches compilation on by environment variables, for the whole process.
-    overrides = ["data.images=somewhere", "teacher.model=some-model", "train.torch_compile=false"]
+    overrides = [
+        "data.images=somewhere",
+        "teacher.model=some-model",
+        "evaluation.zero_shot=tasks",
+        "train.torch_compile=false",
+    ]
     config = load_run_config(BootstrapConfig, path, overrides)
     arguments = make_training_arguments(config.train, tmp_path, config.seed)
     assert arguments.learning_rate > config.inherited_learning_rate > 0
