@@ -10,8 +10,11 @@ from sf_mllm.training.losses import (
     coverage_loss,
     embedding_loss,
     point_hinge_loss,
+    reconstruction_loss,
+    relation_loss,
     roi_hinge_loss,
     spread_loss,
+    state_loss,
     token_loss,
 )
 
@@ -54,6 +57,40 @@ def test_token_loss_by_hand():
 def test_token_loss_of_half_precision_is_computed_in_single():
     latents = torch.tensor([[[1000.0, 1.0]]], dtype=torch.float16)  # the squared norm overflows fp16
     assert token_loss(latents, latents.clone()).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_relation_loss_by_hand():
+    latents = torch.tensor([[[2.0, 0.0], [3.0, 4.0], [0.0, -1.0]]])  # cosines .6, 0, -.8
+    targets = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [0.0, -5.0]]])  # cosines 0, -1, 0
+    torch.testing.assert_close(relation_loss(latents, targets), torch.tensor([(0.6**2 + 1.0**2 + 0.8**2) / 3]))
+
+
+def test_relation_loss_knows_no_direction():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randn(2, 5, 8, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q
+    scales = 0.1 + torch.rand(2, 5, 1, generator=generator)
+    torch.testing.assert_close(relation_loss(scales * targets @ rotation, targets), torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(relation_loss(targets[:, :1], -targets[:, :1]), torch.zeros(2))  # one token: no pair
+
+
+def test_state_loss_by_hand():
+    """Two tokens on the left and right half of the map, each with mean and scale of its own, and a class token."""
+    left, right = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([1.0, 1.0, -1.0, -1.0])
+    feature_map = torch.stack([left, right], dim=-1)[None, :, None]  # [1, D, 1, 2]
+    rois = torch.tensor([[[0.2, 0.5, 0.2, 0.5], [0.8, 0.5, 0.8, 0.5]]])
+    state = torch.stack([5 - right, 3 + 2 * left, 0.1 * left - 7])[None]  # cosines -1 (class), 1 and 0
+    torch.testing.assert_close(state_loss(state[:, 1:], feature_map, None, rois), torch.tensor([0.5]))
+    with_class_token = state_loss(state, feature_map, right[None], rois)
+    torch.testing.assert_close(with_class_token, torch.tensor([(0.5 + 2.0) / 2]))
+
+
+def test_reconstruction_loss_goes_row_by_row():
+    feature_map = torch.randn(2, 3, 2, 4, generator=torch.Generator().manual_seed(0))
+    rows = torch.stack([feature_map[..., row, column] for row in range(2) for column in range(4)], dim=1)  # [2, 8, 3]
+    torch.testing.assert_close(reconstruction_loss(3 * rows, feature_map), torch.zeros(2), atol=1e-6, rtol=0)
+    rows[:, 0] *= -1
+    torch.testing.assert_close(reconstruction_loss(rows, feature_map), torch.full((2,), 2 / 8))
 
 
 def test_average_in_rois_of_a_ramp_is_the_center_inside_the_image():

@@ -1,0 +1,177 @@
+"""What a run can be asked beyond its defaults: relations, states, reconstruction, averaged weights, what trains."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sf_mllm.config import load_run_config
+from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel, SparseFormerOutput
+from sf_mllm.training.bootstrap import main
+from sf_mllm.training.bootstrap_config import BootstrapConfig
+from sf_mllm.training.bootstrap_run import run_bootstrap
+from sf_mllm.training.bootstrap_student import build_student, find_state_blocks
+from sf_mllm.training.bootstrap_task import BootstrapTask
+from sf_mllm.training.teachers import load_teacher
+from tests.training.test_bootstrap import KILLED_AT_STEP_5, make_trainer
+
+EVERYTHING = ["loss.relations=2", "loss.states=0.5", "loss.reconstruction=0.25", "ema_decay=0.7"]
+
+
+def read(run_file, *overrides):
+    return load_run_config(BootstrapConfig, run_file, overrides)
+
+
+def test_a_run_with_everything_trains_all_of_it_and_saves_the_encoder_alone(run_file):
+    config = read(run_file, *EVERYTHING, "train.max_steps=3", "train.logging_steps=1")
+    encoder = run_bootstrap(config)
+    student, _ = build_student(config, load_teacher(config.teacher))
+    saved = load_file(encoder / "model.safetensors")
+    assert saved.keys() == student.state_dict().keys()
+    assert SparseFormerModel.from_pretrained(encoder).config.architectures == ["SparseFormerModel"]
+    checkpoint = load_file(encoder.parent / "checkpoints/checkpoint-3/model.safetensors")
+    assert {name.partition(".")[0] for name in checkpoint} == {"student", "decoder"}
+    averages = load_file(encoder.parent / "checkpoints/checkpoint-3/ema.safetensors")
+    assert averages.keys() == {name for name, p in student.named_parameters() if p.requires_grad}
+    rows = [json.loads(line) for line in (encoder.parent / "metrics.jsonl").read_text().splitlines()]
+    weights = {"embedding": 1, "tokens": 1, "relations": 2, "states": 0.5, "reconstruction": 0.25, "roi_hinge": 0.5}
+    assert {name for name in rows[0] if name.startswith("loss_")} == {f"loss_{name}" for name in weights}
+    parts = sum(weight * rows[0][f"loss_{name}"] for name, weight in weights.items())
+    assert rows[0]["loss"] == pytest.approx(parts, rel=1e-4)
+
+
+def test_with_everything_a_killed_run_ends_as_an_undisturbed_one(run_file, tmp_path):
+    undisturbed = run_bootstrap(read(run_file, *EVERYTHING, f"output_dir={tmp_path / 'a'}"))
+    overrides = [*EVERYTHING, f"output_dir={tmp_path / 'b'}"]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_STEP_5, str(run_file), *overrides],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert killed.returncode == -signal.SIGKILL
+    resumed = run_bootstrap(read(run_file, *overrides))
+    for path in ("encoder/model.safetensors", "checkpoints/checkpoint-8/model.safetensors"):
+        ours, theirs = (load_file(folder.parent / path) for folder in (resumed, undisturbed))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_with_everything_student_and_teacher_are_compiled_once_each(run_file, tmp_path):
+    """Evaluations between the steps, whose batches have another size, compile nothing."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    settings = [*EVERYTHING, "train.max_steps=4", "train.per_device_eval_batch_size=2", "train.eval_steps=2"]
+    compiled = [f"output_dir={tmp_path / 'b'}", "train.torch_compile=true", "train.torch_compile_backend=aot_eager"]
+    eager = run_bootstrap(read(run_file, *settings))
+    assert not torch._dynamo.utils.counters["stats"]
+    encoder = run_bootstrap(read(run_file, *settings, *compiled))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (encoder, eager))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-4)
+    torch._dynamo.reset()
+
+
+def test_with_everything_accumulation_equals_a_larger_batch(run_file):
+    gradients = []
+    for number, (micro_batch, accumulation) in enumerate([(4, 1), (2, 2)]):
+        config = read(
+            run_file,
+            *EVERYTHING,
+            f"output_dir={run_file.parent / str(number)}",
+            "train.max_steps=1",
+            "train.max_grad_norm=0",
+            "train.optim=sgd",
+            "train.learning_rate=1.0",
+            "inherited_learning_rate=1.0",
+            "train.eval_strategy=no",
+            f"train.per_device_train_batch_size={micro_batch}",
+            f"train.gradient_accumulation_steps={accumulation}",
+        )
+        trainer = make_trainer(config)
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        trainer.train()
+        gradients.append({name: before[name] - p.detach() for name, p in trainer.model.named_parameters()})
+    for name in ("decoder.mlp.fc2.weight", "student.cortex.0.mlp.fc1.weight", "student.stem.conv.weight"):
+        assert gradients[0][name].abs().max() > 1e-4
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
+
+
+def test_decoder_and_student_have_the_rates_of_new_and_inherited_parts(run_file):
+    trainer = make_trainer(read(run_file, "loss.reconstruction=1", "inherited_learning_rate=0.0001"))
+    rates = {
+        id(parameter): group["lr"] for group in trainer.create_optimizer().param_groups for parameter in group["params"]
+    }
+    assert {rates[id(parameter)] for parameter in trainer.model.decoder.parameters()} == {3e-3}
+    assert rates[id(trainer.student.cortex[0].attn.qkv.weight)] == 1e-4
+    assert rates[id(trainer.student.stem.conv.weight)] == 3e-3
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3])
+def test_a_student_whose_blocks_see_what_those_of_its_teacher_see_has_no_loss_of_states(run_file, num_blocks):
+    """Its tokens are the teacher's, one a patch, where they enter the first inherited block."""
+    config = read(run_file, f"student.overrides.num_hidden_layers={num_blocks}", "loss.states=1")
+    teacher = load_teacher(config.teacher)
+    student, report = build_student(config, teacher)
+    blocks = find_state_blocks(num_blocks, report.first_block)
+    assert blocks == {1: (1,), 2: (0, 1), 3: (0, 1)}[num_blocks]
+    entering = []
+    teacher.visual.transformer.resblocks[report.first_block].register_forward_pre_hook(
+        lambda block, inputs: entering.append(inputs[0])
+    )
+    task = BootstrapTask(teacher, config.loss, blocks)
+    target = task.targets({"pixel_values": torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)})
+    states = [entering[0]]
+    for block in student.cortex:
+        states.append(block(states[-1]))
+    centers = torch.cartesian_prod((torch.arange(4) + 0.5) / 4, (torch.arange(4) + 0.5) / 4).flip(-1)  # row by row
+    output = SparseFormerOutput(
+        last_hidden_state=states[-1],
+        pooler_output=target.embedding,
+        rois=centers.repeat(2, 1, 1, 2),  # [B, steps, N, 4], each a point in the middle of its patch
+        hidden_states=tuple(states),
+        sampling_points=(),
+    )
+    config.loss.roi_hinge = 0.0
+    losses = task.losses(output, target)
+    torch.testing.assert_close(losses["states"], torch.zeros(2), atol=1e-5, rtol=0)
+    shifted = SparseFormerOutput(**{**output, "hidden_states": (*states[1:], states[-1])})
+    assert task.losses(shifted, target)["states"].min() > 1e-3
+
+
+def test_all_blocks_and_the_head_train_on_request(run_file):
+    overrides = ["student.trained_cortex_blocks=all", "student.train_head=true", "train.max_steps=2"]
+    config = read(run_file, *overrides)
+    before = {
+        name: tensor.clone()
+        for name, tensor in build_student(config, load_teacher(config.teacher))[0].state_dict().items()
+    }
+    after = load_file(run_bootstrap(config) / "model.safetensors")
+    assert [name for name, tensor in after.items() if torch.equal(tensor, before[name])] == []
+
+
+def test_a_store_is_enough_for_reconstruction(run_file, tmp_path):
+    from sf_mllm.training.reinforce import main as make_store
+
+    overrides = [f"store.path={tmp_path / 'store'}", "store.grid=2", "loss.reconstruction=1", "loss.relations=1"]
+    assert make_store([str(run_file), *overrides]) == 0
+    assert main([str(run_file), *overrides, "train.max_steps=2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["student.trained_cortex_blocks=some"], "student.trained_cortex_blocks=some, but the student has 2"),
+        (["ema_decay=1"], "ema_decay must be at least 0 and below 1, got 1.0"),
+        (["loss.states=1", "store.path=/somewhere"], "A teacher store holds final features only"),
+        (["loss.reconstruction=1", "train.gradient_checkpointing=true"], "cannot be combined with loss.reconstruction"),
+    ],
+)
+def test_what_does_not_fit_together_gets_one_sentence(run_file, overrides, message, capfd):
+    assert main([str(run_file), *overrides]) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
