@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scripts.demo.digit_images import main
-from scripts.demo.digits import BACKGROUND, DIGITS, HELD_OUT_SEED, SIZES, draw_digits
+from scripts.demo.digits import BACKGROUND, DIGITS, HELD_OUT_SEED, draw_digits
 from sf_mllm.data.image_io import open_image
 from sf_mllm.data.scene_language import objects_of
 from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes
@@ -28,11 +28,10 @@ def test_a_picture_depends_on_its_index_alone(pictures):
     assert (other.pixels != pictures.pixels).flatten(1).any(dim=1).all()
 
 
-def test_labels_and_sizes_are_those_of_the_scene(pictures):
+def test_labels_are_those_of_the_scene(pictures):
     scenes = sample_scenes(INDICES, ScenesConfig(SEED, 1, 1, domain="clutter", shapes=DIGITS))
     objects = [item for (item,) in objects_of(scenes)]
     assert [DIGITS[label] for label in pictures.labels.tolist()] == [item.shape for item in objects]
-    assert [SIZES[size] for size in pictures.sizes.tolist()] == [item.size for item in objects]
     assert len(DIGITS) == 10 and pictures.labels.unique().tolist() == list(range(10))
 
 
