@@ -116,8 +116,9 @@ class LossConfig:
     is not saved with it, reads of them out of the latent tokens."""
     coverage: float = 0.0
     """What averages inside the final regions do not explain of the teacher's features, mostly where they vary."""
-    spread: float = 0.0
-    """How much too little the centre of a region varies over images, in image sizes."""
+    attraction: float = 0.0
+    """Squared distance of the final regions' centres from where they would be dealt out over the teacher's content, in
+    image sizes."""
     roi_hinge: float = 0.5
     """Distance of region edges outside the image, in image sizes."""
     point_hinge: float = 0.0

@@ -12,6 +12,7 @@ from sf_mllm.encoder.modeling_sparseformer import SparseFormerOutput
 from sf_mllm.training.bootstrap_config import LossConfig
 from sf_mllm.training.feature_decoder import DecodedOutput
 from sf_mllm.training.losses import (
+    attraction_loss,
     average_in_rois,
     classification_loss,
     coverage_loss,
@@ -20,7 +21,6 @@ from sf_mllm.training.losses import (
     reconstruction_loss,
     relation_loss,
     roi_hinge_loss,
-    spread_loss,
     state_loss,
     token_loss,
 )
@@ -76,7 +76,7 @@ class BootstrapTask:
             "states": lambda: _compare_states(output, target, final_rois.detach()),
             "reconstruction": lambda: _compare_reconstruction(output, target),
             "coverage": lambda: coverage_loss(target.feature_map, final_rois),
-            "spread": lambda: spread_loss(final_rois),
+            "attraction": lambda: attraction_loss(target.feature_map, final_rois),
             "roi_hinge": lambda: roi_hinge_loss(rois),
             "point_hinge": lambda: point_hinge_loss(points),
         }

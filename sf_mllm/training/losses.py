@@ -1,5 +1,7 @@
 """What the bootstrap stage asks of a student, as plain functions: in fp32, one value for each image."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,6 +10,9 @@ from sf_mllm.ops.sampling import sample_points
 
 _SMALLEST_SIZE = 0.02
 """In image sizes; narrower regions count as this wide, so that one place cannot belong to them alone."""
+_TRANSPORT_BLUR = 0.003
+"""In squared image sizes: how much nearer one place must be than another to be preferred."""
+_TRANSPORT_ITERATIONS = 20
 _EDGE = 0.02
 """In image sizes; points that were only asked to stay inside would half the time end up just outside."""
 
@@ -138,7 +143,7 @@ def coverage_loss(feature_map: Tensor, rois: Tensor) -> Tensor:
 
     Each place takes a mixture of the regions around it, nearer and smaller ones first, and counts by how far it differs
     from the mean over the image. So one large region does for an even area, and many small ones are needed where much
-    happens: the regions are drawn to content. Only regions learn from it, not what tokens say.
+    happens. Only regions learn from it, not what tokens say.
 
     Args:
         feature_map: [B, D, H, W].
@@ -150,38 +155,59 @@ def coverage_loss(feature_map: Tensor, rois: Tensor) -> Tensor:
     corners = rois.float().unflatten(-1, (2, 2))
     center = corners.mean(dim=-2)  # [B, N, 2]
     size = (corners[..., 1, :] - corners[..., 0, :]).abs().clamp(min=_SMALLEST_SIZE)
-    rows, columns = (
-        (torch.arange(length, device=rois.device, dtype=torch.float32) + 0.5) / length
-        for length in feature_map.shape[-2:]
-    )
-    place = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).flatten(0, 1)  # [HW, (x, y)]
-    distance = (place[:, None] - center[:, None]) / (size[:, None] / 2)  # [B, HW, N, 2], in half sizes
-    closeness = -distance.square().sum(dim=-1) - size.log().sum(dim=-1)[:, None]
-    vectors = average_in_rois(feature_map, rois)  # [B, N, D]
-    copy = closeness.softmax(dim=-1) @ vectors  # [B, HW, D]
-    original = feature_map.float().flatten(2).transpose(1, 2)
-    error = (original - copy).square().sum(dim=-1)  # [B, HW]
-    content = (original - original.mean(dim=1, keepdim=True)).square().sum(dim=-1)
+    # A region's share in a place: a normal density whose standard deviation is a quarter of the region's size.
+    distance = (_places(feature_map)[:, None] - center[:, None]) / (size[:, None] / 4)  # [B, HW, N, 2]
+    closeness = -distance.square().sum(dim=-1) / 2 - size.log().sum(dim=-1)[:, None]
+    copy = closeness.softmax(dim=-1) @ average_in_rois(feature_map, rois)  # [B, HW, D]
+    error = (feature_map.float().flatten(2).transpose(1, 2) - copy).square().sum(dim=-1)
+    content = _content(feature_map)
     return (content * error).sum(dim=1) / content.square().sum(dim=1).clamp(min=1e-6)
 
 
-def spread_loss(rois: Tensor, target: float = 0.17) -> Tensor:
-    """How far the centre of a region varies too little over the images of a batch: zero from the target on.
+def attraction_loss(feature_map: Tensor, rois: Tensor) -> Tensor:
+    """How far the centres of the RoIs are from being dealt out over the content of a feature map.
 
-    A batch says little about the spread if it is small: keep the images of one pass, on one device, above a hundred.
+    Content is where the features differ more from their mean over the image than they do on average; a tenth is spread
+    over the whole image, so that large even areas are not left alone. The regions are dealt to content in proportion,
+    each one to what is near it, by optimal transport; the loss is the squared distance to where each one is sent.
 
     Args:
-        rois: [B, N, 4], image-relative.
-        target: standard deviation in image sizes.
+        feature_map: [B, D, H, W].
+        rois: [B, N, 4], image-relative xyxy.
 
     Returns:
-        [B], equal values: means over tokens and axes.
+        [B], means over regions, in squared image sizes.
 
-    Source: the variance term of VICReg, arXiv 2105.04906.
+    Source: entropic transport by Sinkhorn's iterations, arXiv 1306.0895.
     """
     center = rois.float().unflatten(-1, (2, 2)).mean(dim=-2)  # [B, N, 2]
-    deviation = (center.var(dim=0, correction=0) + 1e-6).sqrt()
-    return F.relu(target - deviation).mean().expand(len(rois))
+    content = _content(feature_map)  # [B, HW]
+    places = _places(feature_map)  # [HW, 2]
+    excess = F.relu(content - content.mean(dim=1, keepdim=True))
+    mass = 0.9 * excess / excess.sum(dim=1, keepdim=True).clamp(min=1e-6) + 0.1 / len(places)
+    with torch.no_grad():
+        affinity = -(center[:, :, None] - places).square().sum(dim=-1) / _TRANSPORT_BLUR  # [B, N, HW]
+        of_regions = torch.zeros_like(center[..., 0])
+        for _ in range(_TRANSPORT_ITERATIONS):
+            of_places = mass.log() - (affinity + of_regions[..., None]).logsumexp(dim=1)
+            of_regions = -math.log(center.shape[1]) - (affinity + of_places[:, None]).logsumexp(dim=2)
+        plan = (affinity + of_places[:, None]).softmax(dim=-1)  # [B, N, HW], where each region is sent
+    return (center - plan @ places).square().sum(dim=-1).mean(dim=1)
+
+
+def _places(feature_map: Tensor) -> Tensor:
+    """Centres of the cells of a feature map [B, D, H, W] in reading order: [HW, (x, y)], image-relative."""
+    rows, columns = (
+        (torch.arange(length, device=feature_map.device, dtype=torch.float32) + 0.5) / length
+        for length in feature_map.shape[-2:]
+    )
+    return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).flatten(0, 1)
+
+
+def _content(feature_map: Tensor) -> Tensor:
+    """Squared distance of each place's features from their mean over the image: [B, HW]."""
+    full = feature_map.float().flatten(2)
+    return (full - full.mean(dim=2, keepdim=True)).square().sum(dim=1)
 
 
 def point_hinge_loss(sampling_points: tuple[Tensor, ...]) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from sf_mllm.training.losses import (
+    attraction_loss,
     average_in_rois,
     classification_loss,
     coverage_loss,
@@ -13,7 +14,6 @@ from sf_mllm.training.losses import (
     reconstruction_loss,
     relation_loss,
     roi_hinge_loss,
-    spread_loss,
     state_loss,
     token_loss,
 )
@@ -146,8 +146,8 @@ def test_coverage_equals_a_plain_loop():
                 x, y = (column + 0.5) / 4, (row + 0.5) / 2
                 shares = []
                 for x1, y1, x2, y2 in rois[b].tolist():
-                    u, v = (x - (x1 + x2) / 2) / ((x2 - x1) / 2), (y - (y1 + y2) / 2) / ((y2 - y1) / 2)
-                    shares.append(math.exp(-(u**2) - v**2) / ((x2 - x1) * (y2 - y1)))
+                    u, v = (x - (x1 + x2) / 2) / ((x2 - x1) / 4), (y - (y1 + y2) / 2) / ((y2 - y1) / 4)
+                    shares.append(math.exp(-(u**2) / 2 - v**2 / 2) / ((x2 - x1) * (y2 - y1)))
                 copy = sum(share * vector for share, vector in zip(shares, vectors[b], strict=True)) / sum(shares)
                 error += content[4 * row + column] * (feature_map[b, :, row, column] - copy).square().sum()
         expected.append(error / content.square().sum())
@@ -163,13 +163,24 @@ def test_coverage_draws_a_region_to_content():
     assert rois.grad[0, 0, 0] + rois.grad[0, 0, 2] < -0.1  # descending moves it right
 
 
-def test_spread_by_hand():
-    centers = torch.tensor([[[0.4, 0.5]], [[0.6, 0.5]]])
+def test_attraction_deals_regions_to_content_in_proportion():
+    """Of three regions one goes to the content on the left and two to that on the right, which is twice as large."""
+    feature_map = torch.zeros(1, 1, 12, 12)
+    feature_map[..., 5:7, 1:3], feature_map[..., 4:8, 9:11] = 1.0, 1.0
+    centers = torch.tensor([[[0.3, 0.5], [0.5, 0.3], [0.6, 0.7]]], requires_grad=True)
     rois = torch.cat([centers - 0.1, centers + 0.1], dim=-1)
-    deviation = math.sqrt(0.01 + 1e-6)  # of 0.4 and 0.6
-    expected = ((0.17 - deviation) + (0.17 - 1e-3)) / 2
-    torch.testing.assert_close(spread_loss(rois), torch.full((2,), expected))
-    torch.testing.assert_close(spread_loss(rois, target=0.0005), torch.zeros(2))
+    attraction_loss(feature_map, rois).sum().backward()
+    sent_to = (centers - centers.grad * 3 / 2)[0].detach()  # the gradient of a mean over three squared distances
+    content = torch.tensor([[2 / 12, 0.5], [10 / 12, 5 / 12], [10 / 12, 7 / 12]])
+    torch.testing.assert_close(sent_to, content, atol=0.06, rtol=0)  # a tenth of the mass is everywhere
+
+
+def test_attraction_of_an_even_image_spreads_regions_over_it():
+    grid = torch.tensor([[[x, y] for y in (0.25, 0.75) for x in (0.25, 0.75)]])
+    even = attraction_loss(torch.ones(1, 3, 8, 8), torch.cat([grid - 0.1, grid + 0.1], dim=-1))
+    heap = torch.full((1, 4, 2), 0.1) + 0.01 * grid
+    crowded = attraction_loss(torch.ones(1, 3, 8, 8), torch.cat([heap - 0.1, heap + 0.1], dim=-1))
+    assert even < 1e-3 < 0.1 < crowded
 
 
 def test_point_hinge_by_hand():
