@@ -1,10 +1,16 @@
 import csv
 import json
+from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from eval.bootstrap_runs import main
+from sf_mllm.config import load_run_config
+from sf_mllm.training.bootstrap_config import BootstrapConfig
 
+ROOT = Path(__file__).parents[2]
+STUDIES = ROOT / "eval/studies"
 RECORD = {
     "outcome": "complete",
     "command": ["python", "-m", "sf_mllm.training.bootstrap", "some.yaml"],
@@ -65,3 +71,12 @@ def test_what_is_no_study_is_refused(tmp_path, capsys, content, message):
         study.write_text(content)
     assert main(["train", "--out", str(tmp_path / "out"), str(study)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("study", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_arm_of_a_study_is_a_configuration(study):
+    content = OmegaConf.to_container(OmegaConf.load(study))
+    given = ["teacher.model=demo:clip", "data.images=images", "output_dir=out"]
+    for overrides in content["arms"].values():
+        config = load_run_config(BootstrapConfig, ROOT / content["config"], [*content["overrides"], *overrides, *given])
+        assert config.evaluation.zero_shot is not None
