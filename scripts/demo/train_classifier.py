@@ -29,7 +29,7 @@ from scripts.demo.shared import Budget, refuse_used_directory
 from sf_mllm.errors import CommandLineParser, InputError, first_line, nearest, report_input_errors
 from sf_mllm.training.run_folder import write_directory_atomically
 
-PATCH_LOSS_WEIGHT = 0.5
+PATCH_LOSS_WEIGHT = 1.0
 BACKGROUND_WEIGHT = 0.1  # of a patch without a digit, since most have none
 LABEL_SMOOTHING = 0.1
 WEIGHT_DECAY = 0.05
@@ -105,6 +105,7 @@ def build_vit(model: str, *, pretrained: bool, seed: int) -> VisionTransformer:
             f"timm's '{model}' is no VisionTransformer with positions; choose one, as vit_base_patch16_224."
         )
     if not pretrained:
+        vit.init_weights("jax")  # as AugReg's models began
         patches = vit.patch_embed.num_patches
         with torch.no_grad():
             vit.pos_embed[0, -patches:] = build_sincos2d_pos_embed(vit.patch_embed.grid_size, vit.embed_dim)
