@@ -91,6 +91,9 @@ class DataConfig:
     """Mirror half of the crops."""
     color_jitter: float = 0.0
     """Largest change of brightness, contrast and saturation, as a share; 0 leaves colours alone."""
+    seed: int = 0
+    """Which images are held out, and what is in built-in scenes and in the crops of a teacher store; apart from the run's
+    `seed`, so that runs of several seeds share all of this."""
     held_out: int = 256
     """Images kept out of training, to measure agreement with the teacher on; two, since regions are compared."""
     max_unreadable_share: float = 0.01
@@ -190,6 +193,7 @@ class BootstrapConfig:
             ("data.max_unreadable_share", self.data.max_unreadable_share, 0 <= self.data.max_unreadable_share < 1,
              "at least 0 and below 1"),
             ("data.resolution", self.data.resolution, self.data.resolution >= 8, "at least 8"),
+            ("data.seed", self.data.seed, 0 <= self.data.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
             ("data.held_out", self.data.held_out, self.data.held_out >= 2, "at least 2"),
             ("evaluation.samples", self.evaluation.samples, self.evaluation.samples >= 2, "at least 2"),
             ("evaluation.prompts", self.evaluation.prompts,

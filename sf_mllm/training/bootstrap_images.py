@@ -97,7 +97,7 @@ def find_run_images(config: BootstrapConfig, scenes_folder: Path) -> RunImages:
         training = np.arange(len(source))
         held_out = np.arange(len(held_out_source))
         if len(held_out) > data.held_out:
-            held_out = hold_out(len(held_out_source), data.held_out, config.seed)[1]
+            held_out = hold_out(len(held_out_source), data.held_out, data.seed)[1]
     elif isinstance(source, TarShards):
         if len(source) < 2:
             raise InputError(
@@ -109,7 +109,7 @@ def find_run_images(config: BootstrapConfig, scenes_folder: Path) -> RunImages:
         held_out = np.arange(len(held_out_source))
     else:
         held_out_source = source
-        training, held_out = hold_out(len(source), data.held_out, config.seed)
+        training, held_out = hold_out(len(source), data.held_out, data.seed)
     if len(held_out) < 2:
         raise InputError(
             f"There is {len(held_out)} held-out image, but regions are compared between two or more; set "
@@ -200,7 +200,7 @@ def _spell_out(images: Any, config: BootstrapConfig, scenes_folder: Path) -> lis
     """Return the descriptions of images as a list, and the folder of the built-in scenes in place of their name."""
     specs = _as_list(images)
     if "scenes" in specs:
-        draw_scenes(scenes_folder, config)
+        draw_scenes(scenes_folder, config.data)
     return [str(scenes_folder) if spec == "scenes" else spec for spec in specs]
 
 
@@ -208,12 +208,12 @@ def _as_list(images: Any) -> list[Any]:
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
-def draw_scenes(folder: Path, config: BootstrapConfig) -> None:
+def draw_scenes(folder: Path, data: DataConfig) -> None:
     """Export the built-in scenes as an image folder, unless they are there."""
     from sf_mllm.data.scenes import export_scenes  # only runs on scenes need the renderer
 
-    logger.info("Using %d built-in scenes in %s", config.data.scenes_count, folder)
-    export_scenes(folder, count=config.data.scenes_count, seed=config.seed, domain=config.data.scenes_domain)
+    logger.info("Using %d built-in scenes in %s", data.scenes_count, folder)
+    export_scenes(folder, count=data.scenes_count, seed=data.seed, domain=data.scenes_domain)
 
 
 def _open_held_out(config: BootstrapConfig, training: ImageSource | TarShards) -> ImageSource | None:

@@ -77,7 +77,7 @@ def make_store(config: BootstrapConfig) -> Path:
     try:
         held_out = HeldOutGroup(images.held_out_source, images.held_out)
         maker.make(held_out, WholeImage(), (config.data.resolution, config.data.resolution))
-        crops = RandomCrops(settings, config.seed, config.store.crops)
+        crops = RandomCrops(settings, config.data.seed, config.store.crops)
         maker.make(training, crops, settings.resolutions[0])
     except InputError as error:
         raise InputError(strip_worker_traceback(str(error))) from error

@@ -34,7 +34,7 @@ def open_stored_views(config: BootstrapConfig, teacher: Teacher, images: RunImag
 def describe_origin(config: BootstrapConfig, teacher: Teacher, images: str) -> dict[str, Any]:
     """Name everything that two runs must share to use one store.
 
-    The seed is part of it, since it decides which images are held out and how the others are cut.
+    The data's seed is part of it, since it decides which images are held out and how the others are cut.
 
     Args:
         config: of either run.
@@ -59,7 +59,7 @@ def describe_origin(config: BootstrapConfig, teacher: Teacher, images: str) -> d
         "the teacher's weights": fingerprint_teacher(teacher),
         "the teacher's preprocessing": f"{preprocessing.image_size} px, mean {mean}, deviation {std}",
         "the images": images[:16],
-        "seed": config.seed,
+        "data.seed": config.data.seed,
         "data.held_out": config.data.held_out,
         "data.resolution": config.data.resolution,
         "data.resolutions": [list(resolution) for resolution in settings.resolutions],

@@ -139,12 +139,13 @@ def test_a_run_on_a_table_measured_on_a_folder_with_crops_of_several_sizes(run_f
     assert record_of(config)["outcome"] == "complete" and record_of(config)["epochs"] == round(4 * 4 / 20, 2)
 
 
-def test_images_are_split_by_the_seed(run_file, parquet):
+def test_images_are_split_by_the_seed_of_the_data(run_file, parquet):
     images = find(run_file, f"data.images={parquet}")
     assert len(images.training) == 17 and images.num_images == 20 and images.held_out_source is images.source
     assert sorted([*images.training, *images.held_out]) == list(range(20))
-    other = find(run_file, f"data.images={parquet}", "seed=1")
+    other = find(run_file, f"data.images={parquet}", "data.seed=1")
     assert list(other.held_out) != list(images.held_out) and other.fingerprint == images.fingerprint
+    assert list(find(run_file, f"data.images={parquet}", "seed=1").held_out) == list(images.held_out)
 
 
 def test_the_last_shard_is_held_out(run_file, shards):
