@@ -92,8 +92,8 @@ class DataConfig:
     color_jitter: float = 0.0
     """Largest change of brightness, contrast and saturation, as a share; 0 leaves colours alone."""
     seed: int = 0
-    """Which images are held out, and what is in built-in scenes and in the crops of a teacher store; apart from the run's
-    `seed`, so that runs of several seeds share all of this."""
+    """Which images are held out, and what is in built-in scenes and in the crops of a teacher store: apart from the
+    run's `seed`, so that runs of several seeds share all of this."""
     held_out: int = 256
     """Images kept out of training, to measure agreement with the teacher on; two, since regions are compared."""
     max_unreadable_share: float = 0.01
