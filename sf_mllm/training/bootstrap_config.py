@@ -110,6 +110,8 @@ class LossConfig:
     """Divergence of the student's class probabilities from the teacher's; for teachers that classify."""
     tokens: float = 1.0
     """1 - cosine between a latent token and the teacher's features inside its final region."""
+    content_weighted_tokens: bool = False
+    """Inside a region the teacher's features count by how far they differ from their mean over the image."""
     relations: float = 0.0
     """Squared difference of the cosines between two latent tokens and between the features inside their regions."""
     states: float = 0.0

@@ -69,7 +69,9 @@ class BootstrapTask:
         rois, points = output.rois, output.sampling_points
         assert tokens is not None and embedding is not None and rois is not None and points is not None
         final_rois, latents = rois[:, -1], tokens[:, -rois.shape[2] :]
-        seen = average_in_rois(target.feature_map, final_rois.detach())
+        seen = average_in_rois(
+            target.feature_map, final_rois.detach(), weighted_by_content=self.weights.content_weighted_tokens
+        )
         losses: dict[str, Callable[[], Tensor]] = {
             "tokens": lambda: token_loss(latents, seen),
             "relations": lambda: relation_loss(latents, seen),

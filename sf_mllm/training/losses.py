@@ -118,7 +118,9 @@ def reconstruction_loss(reconstruction: Tensor, feature_map: Tensor) -> Tensor:
     return token_loss(reconstruction, feature_map.flatten(2).transpose(1, 2))
 
 
-def average_in_rois(feature_map: Tensor, rois: Tensor, points_per_side: int = 4) -> Tensor:
+def average_in_rois(
+    feature_map: Tensor, rois: Tensor, points_per_side: int = 4, *, weighted_by_content: bool = False
+) -> Tensor:
     """Average a feature map over a regular grid of points inside each RoI, clamped into the image.
 
     Args:
@@ -126,6 +128,7 @@ def average_in_rois(feature_map: Tensor, rois: Tensor, points_per_side: int = 4)
         rois: [B, N, 4], image-relative xyxy; may leave the image or be flipped. Detach them to ask a token what is in
             its region, not to move to where that is easy.
         points_per_side: the grid has this many points squared.
+        weighted_by_content: points count by how far their features differ from the mean over the image.
 
     Returns:
         [B, N, D] in fp32.
@@ -135,7 +138,13 @@ def average_in_rois(feature_map: Tensor, rois: Tensor, points_per_side: int = 4)
     steps = (torch.arange(points_per_side, device=rois.device, dtype=torch.float32) + 0.5) / points_per_side
     grid = torch.cartesian_prod(steps, steps)  # [P, 2], centres of equal cells
     points = low[..., None, :] + grid * (high - low)[..., None, :]  # [B, N, P, 2]
-    return sample_points(feature_map.float(), points, padding_mode="border").mean(dim=2)
+    full = feature_map.float()
+    sampled = sample_points(full, points, padding_mode="border")  # [B, N, P, D]
+    if not weighted_by_content:
+        return sampled.mean(dim=2)
+    content = _content(full).unflatten(1, full.shape[-2:])[:, None] + 1e-6  # [B, 1, H, W]
+    weights = sample_points(content, points, padding_mode="border")  # [B, N, P, 1]
+    return (weights * sampled).sum(dim=2) / weights.sum(dim=2)
 
 
 def coverage_loss(feature_map: Tensor, rois: Tensor) -> Tensor:

@@ -121,6 +121,16 @@ def test_average_in_rois_by_hand_on_a_checkerboard():
     torch.testing.assert_close(average_in_rois(feature_map, rois), torch.tensor([[[2.5], [right]]]))
 
 
+def test_content_weighs_what_a_region_averages():
+    """Four points, one in each cell: the mean by weights (x - mean)^2 with x = 0, 0, 0, 8."""
+    feature_map = torch.tensor([[[[0.0, 0.0], [0.0, 8.0]]]])
+    rois = torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])
+    weighted = average_in_rois(feature_map, rois, points_per_side=2, weighted_by_content=True)
+    torch.testing.assert_close(weighted, torch.tensor([[[8 * 36 / (3 * 4 + 36)]]]))
+    same = average_in_rois(torch.full((1, 2, 4, 4), 3.0), rois, weighted_by_content=True)
+    torch.testing.assert_close(same, torch.full((1, 1, 2), 3.0))
+
+
 def test_coverage_of_regions_that_tile_a_map_of_tiles():
     """Four even quarters and a region on each: little is left unexplained; one region explains the mean alone."""
     quarters = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(0))
