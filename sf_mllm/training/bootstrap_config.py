@@ -119,14 +119,14 @@ class LossConfig:
     reconstruction: float = 0.0
     """1 - cosine between the teacher's features at each place and what a decoder, which trains beside the student and
     is not saved with it, reads of them out of the latent tokens."""
-    coverage: float = 0.0
+    coverage: float = 1.0
     """What averages inside the final regions do not explain of the teacher's features, mostly where they vary."""
     attraction: float = 0.0
     """Squared distance of the final regions' centres from where they would be dealt out over the teacher's content, in
     image sizes."""
     roi_hinge: float = 0.5
     """Distance of region edges outside the image, in image sizes."""
-    point_hinge: float = 0.0
+    point_hinge: float = 10.0
     """The same of sampling points, from 2 % inside the image on."""
 
 

@@ -58,7 +58,8 @@ def test_a_run_from_yaml_to_an_encoder_directory(run_file, caplog):
     rows = rows_of(run)
     assert [row["step"] for row in rows] == [2, 4, 4]
     assert rows[0]["epoch"] == pytest.approx(2 * 4 / 11)  # 14 images, 3 held out
-    parts = rows[1]["loss_embedding"] + rows[1]["loss_tokens"] + 0.5 * rows[1]["loss_roi_hinge"]
+    weights = {"embedding": 1, "tokens": 1, "coverage": 1, "roi_hinge": 0.5, "point_hinge": 10}
+    parts = sum(weight * rows[1][f"loss_{name}"] for name, weight in weights.items())
     assert rows[1]["loss"] == pytest.approx(parts, rel=1e-4)
     assert record["evaluation"]["eval_embedding_cosine"] == rows[2]["eval_embedding_cosine"]
     assert "step 2/4" in caplog.text
@@ -208,13 +209,14 @@ def test_a_perfect_student_has_no_loss(run_file):
     corner = 0.6 * torch.rand(2, 2, 5, 2)  # [B, steps, N, (x, y)]
     rois = torch.cat([corner, corner + 0.4], dim=-1)
     latents = average_in_rois(target.feature_map, rois[:, -1])
-    regions = {"rois": rois, "sampling_points": (torch.rand(2, 5, 4, 2),)}
+    regions = {"rois": rois, "sampling_points": (0.5 * torch.rand(2, 5, 4, 2) + 0.25,)}
+    config.loss.coverage = 0.0  # few regions cannot explain a whole map
     perfect = SparseFormerOutput(
         last_hidden_state=torch.cat([-latents[:, :1], latents], dim=1), pooler_output=2 * target.embedding, **regions
     )
     losses = task.losses(perfect, target)
-    assert losses.keys() == {"embedding", "tokens", "roi_hinge"}
-    torch.testing.assert_close(torch.stack([*losses.values()]), torch.zeros(3, 2))
+    assert losses.keys() == {"embedding", "tokens", "roi_hinge", "point_hinge"}
+    torch.testing.assert_close(torch.stack([*losses.values()]), torch.zeros(4, 2))
     opposite = SparseFormerOutput(
         last_hidden_state=-perfect.last_hidden_state, pooler_output=-perfect.pooler_output, **regions
     )

@@ -51,7 +51,8 @@ def test_a_classifier_becomes_a_student_that_classifies(run_file, classifier_dir
         student.projection.bias, vit.head.bias
     )
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    parts = rows[0]["loss_classification"] + rows[0]["loss_tokens"] + 0.5 * rows[0]["loss_roi_hinge"]
+    weights = {"classification": 1, "tokens": 1, "coverage": 1, "roi_hinge": 0.5, "point_hinge": 10}
+    parts = sum(weight * rows[0][f"loss_{name}"] for name, weight in weights.items())
     assert rows[0]["loss"] == pytest.approx(parts, rel=1e-4) and "loss_embedding" not in rows[0]
     evaluation = json.loads((run / "run.json").read_text())["evaluation"]
     assert 0 <= evaluation["eval_class_agreement"] <= 1 and -1 <= evaluation["eval_embedding_cosine"] <= 1
@@ -74,7 +75,7 @@ def test_what_trains_and_what_it_is_asked(changes, head, asked):
     student, _ = build_student(config, teacher)
     frozen = {name.split(".")[0] for name, p in student.named_parameters() if not p.requires_grad}
     assert frozen == {"cortex"} | head
-    task = BootstrapTask(teacher, LossConfig(classification=3.0))
+    task = BootstrapTask(teacher, LossConfig(classification=3.0, coverage=0.0, point_hinge=0.0))
     batch = {"pixel_values": torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)}
     output = student(task.normalise(batch["pixel_values"]), output_sampling_points=True)
     target = task.targets(batch)

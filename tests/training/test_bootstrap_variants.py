@@ -20,7 +20,7 @@ from sf_mllm.training.bootstrap_task import BootstrapTask
 from sf_mllm.training.teachers import load_teacher
 from tests.training.test_bootstrap import KILLED_AT_STEP_5, make_trainer
 
-EVERYTHING = ["loss.relations=2", "loss.states=0.5", "loss.reconstruction=0.25", "ema_decay=0.7"]
+EVERYTHING = ["loss.relations=2", "loss.states=0.5", "loss.reconstruction=0.25", "loss.attraction=3", "ema_decay=0.7"]
 
 
 def read(run_file, *overrides):
@@ -39,7 +39,8 @@ def test_a_run_with_everything_trains_all_of_it_and_saves_the_encoder_alone(run_
     averages = load_file(encoder.parent / "checkpoints/checkpoint-3/ema.safetensors")
     assert averages.keys() == {name for name, p in student.named_parameters() if p.requires_grad}
     rows = [json.loads(line) for line in (encoder.parent / "metrics.jsonl").read_text().splitlines()]
-    weights = {"embedding": 1, "tokens": 1, "relations": 2, "states": 0.5, "reconstruction": 0.25, "roi_hinge": 0.5}
+    weights = {"embedding": 1, "tokens": 1, "relations": 2, "states": 0.5, "reconstruction": 0.25, "attraction": 3}
+    weights |= {"coverage": 1, "roi_hinge": 0.5, "point_hinge": 10}
     assert {name for name in rows[0] if name.startswith("loss_")} == {f"loss_{name}" for name in weights}
     parts = sum(weight * rows[0][f"loss_{name}"] for name, weight in weights.items())
     assert rows[0]["loss"] == pytest.approx(parts, rel=1e-4)
@@ -134,7 +135,7 @@ def test_a_student_whose_blocks_see_what_those_of_its_teacher_see_has_no_loss_of
         pooler_output=target.embedding,
         rois=centers.repeat(2, 1, 1, 2),  # [B, steps, N, 4], each a point in the middle of its patch
         hidden_states=tuple(states),
-        sampling_points=(),
+        sampling_points=(centers.repeat(2, 1, 1)[:, :, None],),
     )
     config.loss.roi_hinge = 0.0
     losses = task.losses(output, target)
