@@ -3,11 +3,11 @@
 python -m sf_mllm.training.bootstrap CONFIG.yaml [key=value ...] [--report]
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from sf_mllm.errors import CommandLineParser, report_input_errors
+from sf_mllm.training.processes import end_process
 
 
 @report_input_errors
@@ -54,4 +54,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

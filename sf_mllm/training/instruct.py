@@ -3,10 +3,10 @@
 python -m sf_mllm.training.instruct CONFIG.yaml [key=value ...]
 """
 
-import sys
 from collections.abc import Sequence
 
 from sf_mllm.errors import CommandLineParser, report_input_errors
+from sf_mllm.training.processes import end_process
 
 
 @report_input_errors
@@ -41,4 +41,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

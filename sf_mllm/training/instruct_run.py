@@ -88,6 +88,7 @@ def run_instruct(config: InstructConfig) -> Path:
             merged: Any = save_results(model, processor, config.save, run.path)
             merged.to(arguments.device)
             show_answers(merged, processor, held_out.conversations[:_SHOWN_ANSWERS])
+    trainer.accelerator.end_training()
     logger.info("Saved the model in %s. %s", model_directory, _chat_hint(model_directory))
     return model_directory
 

@@ -1,11 +1,17 @@
-"""Stage one on several processes: what a DeepSpeed configuration must say for it."""
+"""Training on several processes: what a DeepSpeed configuration must say, and how a process ends."""
 
-from transformers import TrainingArguments
+import atexit
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
 
 from sf_mllm.errors import InputError
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
-def check_deepspeed(arguments: TrainingArguments) -> None:
+
+def check_deepspeed(arguments: "TrainingArguments") -> None:
     """Refuse a DeepSpeed configuration under which a student would train otherwise than in one process.
 
     Its weights must stay fp32 and autocast decide about products, as without DeepSpeed; DeepSpeed's own bf16 and fp16
@@ -36,3 +42,23 @@ def check_deepspeed(arguments: TrainingArguments) -> None:
             f"train.bf16={str(arguments.bf16).lower()}, but the DeepSpeed configuration's torch_autocast computes in "
             f"{dtype or 'float32'}; make both the same."
         )
+
+
+def end_process(status: int) -> NoReturn:
+    """End a training process with an exit status, after all of its work.
+
+    Where gloo connected the processes, which is on CPUs, Python's own teardown is left out: DDP keeps gloo's threads
+    alive after their group was destroyed (torch 2.15), and one that lets go of a tensor while the interpreter shuts
+    down aborts the process (as in pytorch/pytorch#179291), upon which the launcher calls a complete run failed.
+    """
+    if not _is_connected_by_gloo():
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _is_connected_by_gloo() -> bool:
+    accelerate = sys.modules.get("accelerate")  # not there yet if the command ended before it came to training
+    return accelerate is not None and getattr(accelerate.PartialState, "_shared_state", {}).get("backend") == "gloo"

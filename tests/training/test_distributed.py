@@ -33,6 +33,7 @@ DDP_RESUMES_ON_CPUS = Version(transformers.__version__) >= Version("5.23")
 ENTRY_POINT = """
 import os, signal, sys
 from sf_mllm.training.bootstrap import main
+from sf_mllm.training.processes import end_process
 from sf_mllm.training.progress import ProgressReporter
 
 def kill(self, args, state, control, **kwargs):
@@ -41,7 +42,23 @@ def kill(self, args, state, control, **kwargs):
 
 if os.environ["KILL_AT_STEP_5"] == "yes":
     ProgressReporter.on_step_end = kill
-sys.exit(main(sys.argv[1:]))
+end_process(main(sys.argv[1:]))
+"""
+
+LEAVING = """
+import atexit, os, sys
+from accelerate import PartialState
+from sf_mllm.training.processes import end_process
+
+class Watched:
+    def __del__(self, write=os.write):
+        write(1, b"torn down")
+
+watched = Watched()
+atexit.register(print, "functions at exit ran")
+if sys.argv[1] == "gloo":
+    PartialState(cpu=True).destroy_process_group()
+end_process(3)
 """
 
 ADDITIONS = ["loss.relations=1", "loss.attraction=1", "loss.states=1", "loss.reconstruction=1", "ema_decay=0.9"]
@@ -113,6 +130,15 @@ def test_two_processes_killed_and_resumed_end_as_one_that_was_not_disturbed(run_
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-4)
     for row, expected in zip(figures_of(two), figures_of(one), strict=True):
         assert row == pytest.approx(expected, rel=2e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("connection", ["gloo", "none"])
+def test_a_process_connected_by_gloo_ends_without_teardown(connection):
+    rendezvous = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = run([sys.executable, "-c", LEAVING, connection], **rendezvous)
+    assert done.returncode == 3, done.stderr
+    assert "functions at exit ran" in done.stdout
+    assert ("torn down" in done.stdout) == (connection == "none")
 
 
 @needs_deepspeed
