@@ -12,6 +12,7 @@ from sf_mllm.config import load_run_config
 from sf_mllm.errors import InputError
 from sf_mllm.training import instruct, instruct_run
 from sf_mllm.training.instruct_config import InstructConfig
+from sf_mllm.training.instruct_data import prepare_data
 from sf_mllm.training.run_folder import RunFolder
 from tests.tiny_text import make_tokenizer
 from tests.tiny_vlm import make_decoder, make_encoder, make_image, make_image_processor
@@ -305,8 +306,8 @@ def test_a_first_start_that_failed_on_its_data_may_be_mended(parts, tmp_path):
     config = make_config(parts, tmp_path / "run", **changes)
     run = RunFolder.open(config, config.output_dir)
     with pytest.raises(InputError), run.recording():
-        instruct_run.prepare_data(config, run, instruct_run.build_model(config)[1])
+        prepare_data(config, run, instruct_run.build_model(config)[1])
         raise InputError("an image is damaged")
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     again = RunFolder.open(config, config.output_dir)
-    instruct_run.prepare_data(config, again, instruct_run.build_model(config)[1])
+    prepare_data(config, again, instruct_run.build_model(config)[1])

@@ -1,0 +1,57 @@
+"""What an instruct run leaves behind: the adapter, the merged model, and a few answers to look at."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from sf_mllm.data.image_io import open_image
+from sf_mllm.data.messages import Conversation
+from sf_mllm.training.instruct_config import SaveConfig
+from sf_mllm.training.run_folder import write_directory_atomically
+from sf_mllm.vlm.adapters import merge_adapters
+from sf_mllm.vlm.build import cast_weights
+from sf_mllm.vlm.modeling_sf_llava import SFLlavaForConditionalGeneration
+from sf_mllm.vlm.processing_sf_llava import SFLlavaProcessor
+
+logger = logging.getLogger(__name__)
+
+_MAX_NEW_TOKENS = 64
+
+
+def save_results(
+    model: PeftModel, processor: SFLlavaProcessor, save: SaveConfig, folder: Path
+) -> SFLlavaForConditionalGeneration:
+    """Write the adapter alone, then the merged model with all it needs; return the merged model in eval mode."""
+    with write_directory_atomically(folder / "adapter") as temporary:
+        model.save_pretrained(str(temporary))
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+    merged = cast_weights(merge_adapters(model), getattr(torch, save.dtype))
+    merged.config.use_cache = True  # the Trainer switched it off for training
+    with write_directory_atomically(folder / "model") as temporary:
+        merged.save_pretrained(temporary, max_shard_size=save.max_shard_size)
+        processor.save_pretrained(temporary)
+    return merged.eval()
+
+
+def show_answers(model: Any, processor: SFLlavaProcessor, conversations: Sequence[Conversation]) -> None:
+    """Log what the model says to the first question of held-out conversations, beside what was expected."""
+    logger.info("Answers to held-out questions:")
+    for conversation in conversations:
+        answer_index = [message.role for message in conversation.messages].index("assistant")
+        asked = conversation.messages[:answer_index]
+        prompt = processor.apply_chat_template(
+            [{"role": message.role, "content": message.text} for message in asked],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        num_images = sum(message.text.count(processor.image_token) for message in asked)
+        images = [open_image(path) for path in conversation.image_paths[:num_images]]
+        inputs = processor(images=images or None, text=[prompt], return_tensors="pt").to(model.device)
+        output = model.generate(**inputs, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
+        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        expected = conversation.messages[answer_index].text
+        logger.info("  %s\n    -> %s   (expected: %s)", asked[-1].text.replace("\n", " "), answer, expected)
