@@ -14,36 +14,15 @@ from sf_mllm.training.instruct_config import InstructConfig
 from sf_mllm.training.instruct_data import prepare_data
 from sf_mllm.training.instruct_parts import join, load_decoder, load_encoder
 from sf_mllm.training.instruct_results import save_results, show_answers
+from sf_mllm.training.instruct_trainer import InstructTrainer
 from sf_mllm.training.progress import report_progress
 from sf_mllm.training.run_folder import RunFolder
-from sf_mllm.vlm.adapters import PROJECTOR, add_adapters, trained_parameter_groups
+from sf_mllm.vlm.adapters import PROJECTOR, add_adapters
 from sf_mllm.vlm.processing_sf_llava import SFLlavaProcessor
 
 logger = logging.getLogger(__name__)
 
 _SHOWN_ANSWERS = 5
-
-
-class InstructTrainer(Trainer):
-    """Trainer with a learning rate of its own for the projector."""
-
-    def __init__(self, *, projector_learning_rate: float, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.projector_learning_rate = projector_learning_rate
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Build the optimizer that the arguments name, over our parameter groups."""
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            groups = trained_parameter_groups(
-                model,
-                learning_rate=self.args.learning_rate,
-                projector_learning_rate=self.projector_learning_rate,
-                weight_decay=self.args.weight_decay,
-            )
-            self.optimizer = optimizer_class(groups, **options)
-        return self.optimizer
 
 
 def run_instruct(config: InstructConfig) -> Path:
