@@ -129,15 +129,17 @@ def cut(image: Image.Image, crop: Crop, resolution: Resolution, color_jitter: fl
     Returns:
         [3, H, W], uint8.
     """
-    image = F.resized_crop(image, crop.top, crop.left, crop.height, crop.width, list(resolution), BICUBIC)
+    pixels = F.resized_crop(  # a tensor's: about three times as fast as Pillow's, and rounds otherwise here and there
+        F.pil_to_tensor(image), crop.top, crop.left, crop.height, crop.width, list(resolution), BICUBIC
+    )
     if crop.flip:
-        image = F.horizontal_flip(image)
+        pixels = F.horizontal_flip(pixels)
     if crop.jitter is not None and color_jitter:
         jitter = v2.ColorJitter(color_jitter, color_jitter, color_jitter, color_jitter / 4)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(crop.jitter)
-            image = jitter(image)
-    return F.pil_to_tensor(image)
+            pixels = jitter(pixels)
+    return pixels
 
 
 def squeeze(image: Image.Image, resolution: Resolution) -> Tensor:

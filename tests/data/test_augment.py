@@ -32,17 +32,19 @@ def draws(size, count=300, aspect_ratio=1.0, **settings):
     ]
 
 
-def test_a_square_image_is_cut_as_torchvision_does():
+@pytest.mark.parametrize("first", ["a tensor", "Pillow's"])
+def test_a_square_image_is_cut_as_torchvision_does(first):
+    """Exactly so from a tensor; Pillow's own resizing rounds otherwise here and there."""
     image = noise(50, 50)
+    augment = [v2.RandomResizedCrop(24, (0.4, 1.0), interpolation=BICUBIC), v2.RandomHorizontalFlip()]
+    augment.insert(0 if first == "a tensor" else 2, v2.PILToTensor())
     for seed in range(20):
         crop = draw_crop(image.size, CropSettings(), np.random.default_rng(seed))
-        augment = v2.Compose(
-            [v2.RandomResizedCrop(24, (0.4, 1.0), interpolation=BICUBIC), v2.RandomHorizontalFlip(), v2.PILToTensor()]
-        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.default_rng(seed).integers(2**63)))
-            expected = augment(image)
-        torch.testing.assert_close(cut(image, crop, (24, 24)), expected, rtol=0, atol=0)
+            expected = v2.Compose(augment)(image)
+        difference = (cut(image, crop, (24, 24)).int() - expected.int()).abs()
+        assert difference.max() <= (0 if first == "a tensor" else 2)
 
 
 @pytest.mark.parametrize("size", [(400, 100), (60, 300), (31, 17), (1, 1), (500, 2)])
