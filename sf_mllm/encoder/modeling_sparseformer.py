@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,10 @@ from sf_mllm.encoder.mixing import AdaptiveMixingV1
 from sf_mllm.encoder.sampler import InitialLatents, RoiSampler
 from sf_mllm.encoder.stem import Stem
 from sf_mllm.encoder.strict_loading import StrictLoadingMixin
-from sf_mllm.encoder.weights_vit import InheritanceReport, config_for_vit, describe_vit, inherit_weights
 from sf_mllm.ops.roi import ROI_LAYOUTS
+
+if TYPE_CHECKING:
+    from sf_mllm.encoder.weights_vit import InheritanceReport
 
 FOCUSING_STAGES: dict[str, type[nn.Module]] = {"bootstrapped": FocusingStage, "v1": FocusingStageV1}
 
@@ -224,7 +226,7 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
     @classmethod
     def from_vit(
         cls, teacher: nn.Module, *, start_from_class_token: bool = True, **overrides: Any
-    ) -> tuple[Self, InheritanceReport]:
+    ) -> "tuple[Self, InheritanceReport]":
         """Build a student that inherits the last blocks and the head of a ViT.
 
         The head is the final norm, the attention pool of teachers that have one, and the projection or classifier; the
@@ -243,6 +245,9 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
         Raises:
             InputError: the teacher has a part that cannot be inherited, or an override contradicts the teacher.
         """
+        # Imported where it is used: an encoder that is loaded needs nothing of it (see sf_mllm/remote_code.py).
+        from sf_mllm.encoder.weights_vit import config_for_vit, describe_vit, inherit_weights
+
         description = describe_vit(teacher)
         model = cls(config_for_vit(description, overrides))
         report = inherit_weights(model, description, start_from_class_token=start_from_class_token)
