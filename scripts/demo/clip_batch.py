@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scripts.demo.scene_supervision import make_twins
+from scripts.demo.clip_model import IMAGE_SIZE, PATCH_SIZE
+from scripts.demo.scene_supervision import make_twins, patch_owners
 from sf_mllm.data.scene_caption_edits import wrong_captions
 from sf_mllm.data.scene_captions import (
     Captions,
@@ -15,7 +16,7 @@ from sf_mllm.data.scene_captions import (
     count_families,
     list_captions,
     may_hold,
-    phrases_hold,
+    phrases_fit,
     relation_captions,
 )
 from sf_mllm.data.scene_domains import DOMAINS
@@ -24,7 +25,6 @@ from sf_mllm.data.scene_render import render
 from sf_mllm.data.scene_sampling import Scenes, ScenesConfig, concatenate, sample_scenes
 from sf_mllm.data.scene_words import tokenize
 
-IMAGE_SIZE = 224
 WRONG_TEXTS = 3  # wrong versions of each caption
 PHASES = ((0.04, 1), (0.1, 2), (0.2, 4), (1.0, 8))  # (until this share of the run, most objects)
 CROWDED = 5  # objects from which on scenes are hard; in the last phase every second scene has as many
@@ -54,8 +54,9 @@ class Batch:
     pixels: Tensor  # [B, 3, H, W] uint8
     groups: list[CaptionGroup]  # as _CAPTION_KINDS
     phrases: Tensor  # [P, phrase length of the domain] tokens of every caption of one object
-    phrases_hold: Tensor  # [P, B] bool, which of them are true of which scene
+    phrases_fit: Tensor  # [P, B, 8] bool, which of them fit which object
     phrase_counts: list[int]  # how many phrases in a row state the same attributes; sums to P
+    owners: Tensor  # [B, patches] slot of the object that each patch shows, or -1
 
     @property
     def lists(self) -> Tensor:
@@ -90,7 +91,7 @@ class BatchMaker:
         self.indices = torch.zeros(batch_size // 2, dtype=torch.int64, device=device)
         self._render = torch.compile(render, dynamic=False) if compiles else render
         self._may_hold = torch.compile(may_hold, dynamic=False) if compiles else may_hold
-        self._phrases_hold = torch.compile(phrases_hold, dynamic=False) if compiles else phrases_hold
+        self._phrases_fit = torch.compile(phrases_fit, dynamic=False) if compiles else phrases_fit
         self._phrases = all_phrases(device, domain)
         self._phrase_tokens = tokenize(self._phrases)[:, : DOMAINS[domain].phrase_length]
         self._phrase_counts = count_families(self._phrases)
@@ -144,8 +145,9 @@ class BatchMaker:
             pixels=self._render(scenes, IMAGE_SIZE),
             groups=groups,
             phrases=self._phrase_tokens,
-            phrases_hold=self._phrases_hold(self._phrases, scenes),
+            phrases_fit=self._phrases_fit(self._phrases, scenes),
             phrase_counts=self._phrase_counts,
+            owners=patch_owners(scenes, IMAGE_SIZE // PATCH_SIZE),
         )
 
     def _add_wrong(self, scenes: Scenes, captions: Captions, wrong_draws: Draws) -> CaptionGroup:

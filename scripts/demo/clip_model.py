@@ -20,6 +20,8 @@ from sf_mllm.data.scene_words import BOS, EOS, PAD, WORDS, as_word
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 HEAD_WIDTH = 64
+IMAGE_SIZE = 224
+PATCH_SIZE = 16
 
 
 def model_config(width: int, layers: int, text_layers: int, embed_dim: int, domain: str = "plain") -> dict[str, Any]:
@@ -28,8 +30,8 @@ def model_config(width: int, layers: int, text_layers: int, embed_dim: int, doma
         "model_cfg": {
             "embed_dim": embed_dim,
             "vision_cfg": {
-                "image_size": 224,
-                "patch_size": 16,
+                "image_size": IMAGE_SIZE,
+                "patch_size": PATCH_SIZE,
                 "width": width,
                 "layers": layers,
                 "head_width": HEAD_WIDTH,

@@ -9,9 +9,8 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from scripts.demo.clip_batch import WRONG_TEXTS, Batch, CaptionGroup
-from scripts.demo.scene_supervision import patch_owners
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
-from sf_mllm.data.scene_domains import DOMAINS
+from sf_mllm.data.scene_domains import DOMAINS, MAX_OBJECTS
 from sf_mllm.data.scene_sampling import Scenes
 
 _PATCH_ATTRIBUTES = ("color", "shape", "size", "texture")
@@ -37,8 +36,8 @@ class TeacherTask(nn.Module):
         self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None] * 255, persistent=False)
 
     def forward(
-        self, pixels: Tensor, lists: Tensor, short: Tensor, phrases: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, pixels: Tensor, lists: Tensor, short: Tensor, phrases: Tensor, owners: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Encode a batch.
 
         Args:
@@ -46,18 +45,28 @@ class TeacherTask(nn.Module):
             lists: tokens [L, context length of the domain].
             short: tokens [S, its short length].
             phrases: tokens [P, its phrase length].
+            owners: [B, patches], see `Batch.owners`.
 
         Returns:
-            Unit features of images [B, E], lists and short texts [L + S, E] and phrases [P, E], and patch logits
-            [B, patches, classes].
+            Unit features of images [B, E], objects [B, 8, E], lists and short texts [L + S, E] and phrases [P, E], and
+            patch logits [B, patches, classes]. An object's feature is the mean of its patches, read out as the class
+            token is; zero for an object that owns none.
         """
         outputs = self.clip.visual.forward_intermediates(
             (pixels.float() - self.mean) / self.std, indices=1, normalize_intermediates=True, output_fmt="NLC"
         )
         image_features = F.normalize(outputs["image_features"].float(), dim=-1)
         text_features = torch.cat([self.encode_text(lists), self.encode_text(short)])
-        patch_logits = self.patch_head(outputs["image_intermediates"][0]).float()
-        return image_features, text_features, self.encode_text(phrases), patch_logits
+        patches = outputs["image_intermediates"][0]
+        is_owner = (owners[..., None] == torch.arange(MAX_OBJECTS, device=owners.device)).to(patches.dtype)  # [B, N, 8]
+        object_features = F.normalize((is_owner.mT @ patches @ self.clip.visual.proj).float(), dim=-1)
+        return (
+            image_features,
+            object_features,
+            text_features,
+            self.encode_text(phrases),
+            self.patch_head(patches).float(),
+        )
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Return unit features [L, E] of tokens [L, T], T up to the context: `CLIP.encode_text` takes full length only.
@@ -136,14 +145,35 @@ def phrase_loss(image: Tensor, phrases: Tensor, scale: Tensor, holds: Tensor, co
     return torch.stack(losses).mean()
 
 
-def patch_loss(logits: Tensor, scenes: Scenes) -> Tensor:
+def object_phrase_loss(objects: Tensor, phrases: Tensor, scale: Tensor, batch: Batch) -> Tensor:
+    """Compare single objects with phrases as `phrase_loss` compares whole images.
+
+    One object has one true phrase of each kind, which is learnt far sooner than the eight of a crowded scene; the image
+    has then only to gather what its patches say already.
+
+    Args:
+        objects: [B, 8, E] unit features, zero for those that own no patch.
+        phrases: [P, E] unit features.
+        scale: factor of the cosine similarities.
+        batch: what they belong to.
+
+    Returns:
+        Mean over objects that own a patch and sets of attributes.
+    """
+    owns_patch = (batch.owners[:, :, None] == torch.arange(MAX_OBJECTS, device=objects.device)).any(dim=1)  # [B, 8]
+    fits = (batch.phrases_fit & owns_patch).flatten(1)
+    loss = phrase_loss(objects.flatten(0, 1), phrases, scale, fits, batch.phrase_counts)
+    return loss * owns_patch.numel() / owns_patch.sum()
+
+
+def patch_loss(logits: Tensor, scenes: Scenes, owner: Tensor) -> Tensor:
     """Classify the attributes of the object that each patch shows, and whether it shows one.
 
     Args:
         logits: [B, patches, classes], in the order of `patch_classes`.
         scenes: B scenes.
+        owner: [B, patches], see `Batch.owners`.
     """
-    owner = patch_owners(scenes, math.isqrt(logits.shape[1]))  # [B, patches]
     is_object = owner >= 0
     classes = patch_classes(scenes.domain)
     *attribute_logits, object_logit = logits.split(list(classes.values()), dim=-1)

@@ -111,22 +111,24 @@ def count_families(phrases: Captions) -> list[int]:
     return torch.unique_consecutive(_family(phrases.phrase[:, 0]), return_counts=True)[1].tolist()
 
 
-def phrases_hold(phrases: Captions, scenes: Scenes) -> Tensor:
-    """Tell which captions of one object are true of which scenes: what `may_hold` says, at an eighth of its work.
+def phrases_fit(phrases: Captions, scenes: Scenes) -> Tensor:
+    """Tell which captions of one object fit which objects.
+
+    A caption is true of a scene where it fits any of its objects: what `may_hold` says, at an eighth of its work.
 
     Args:
         phrases: T captions, from `all_phrases` or `phrase_captions`.
         scenes: B scenes.
 
     Returns:
-        [T, B] bool.
+        [T, B, 8] bool.
     """
     fact = facts(scenes)
-    fits = scenes.present[None]  # [T, B, 8]
+    fits = scenes.present[None]
     for column in range(fact.shape[-1]):
         stated = phrases.phrase[:, 0, column, None, None]
         fits = fits & ((stated == fact[None, :, :, column]) | (stated == ANY))
-    return fits.any(dim=-1)
+    return fits
 
 
 def relation_captions(scenes: Scenes, draws: Draws) -> Captions:

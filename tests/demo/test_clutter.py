@@ -87,8 +87,8 @@ def test_perfect_patch_predictions_cost_nothing():
         for name, number in list(classes.items())[:-1]
     ]
     is_object = torch.where(owner >= 0, 100.0, -100.0)[..., None]
-    assert patch_loss(torch.cat((*logits, is_object), dim=-1), batch.scenes) < 1e-6
-    assert patch_loss(torch.cat((*logits, -is_object), dim=-1), batch.scenes) > 50
+    assert patch_loss(torch.cat((*logits, is_object), dim=-1), batch.scenes, owner) < 1e-6
+    assert patch_loss(torch.cat((*logits, -is_object), dim=-1), batch.scenes, owner) > 50
 
 
 def test_batch_holds_the_domains_captions():
@@ -96,7 +96,7 @@ def test_batch_holds_the_domains_captions():
     assert batch.lists.shape[1] == CLUTTER.context_length and batch.short.shape[1] == CLUTTER.short_length
     assert all((group.tokens[:, CLUTTER.short_length :] == 0).all() for group in batch.groups[1:])
     assert all(group.holds.diagonal().all() for group in batch.groups)
-    assert batch.phrases_hold.shape == (len(batch.phrases), 8) and batch.phrases_hold.any(dim=0).all()
+    torch.testing.assert_close(batch.phrases_fit.any(dim=0), batch.scenes.present, rtol=0, atol=0)
 
 
 def test_tokenizer_reads_captions_as_the_tensors_do(scenes):
