@@ -8,7 +8,6 @@ included. A function that imports a part of the package when it is called makes 
 
 import ast
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -42,8 +41,6 @@ _HEADER = """\
 # Part of sf_mllm {version}. Copyright (c) 2026 the sf_mllm authors. SPDX-License-Identifier: MIT
 # Collected from the package's modules, which are named below, by sf_mllm/remote_code.py; change them, not this file.
 """
-_CONFIG_FILE = "config.json"
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 def set_remote_code(directory: Path, *, include: bool) -> None:
@@ -51,18 +48,23 @@ def set_remote_code(directory: Path, *, include: bool) -> None:
 
     Args:
         directory: as `save_pretrained` of one of our models and of its processor wrote it.
-        include: write `modeling_<model type>.py` and point the configurations to it; otherwise remove the pointers that
-            a model keeps from the directory that it was loaded from.
+        include: write `modeling_<model type>.py` and point the configurations to it. Either way pointers to code that a
+            model or a part of it kept from the directory that it was loaded from are removed.
     """
-    model_type = json.loads((directory / _CONFIG_FILE).read_text(encoding="utf-8"))["model_type"]
+    model_type = json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"]
     module = f"modeling_{model_type}"
     classes = AUTO_CLASSES[model_type]
-    auto_map = {auto: f"{module}.{name.rpartition('.')[2]}" for auto, name in classes.items()} if include else {}
+    auto_map = {auto: f"{module}.{name.rpartition('.')[2]}" for auto, name in classes.items()}
     processors = {auto: name for auto, name in auto_map.items() if auto.endswith("Processor")}
-    _set_auto_map(directory / _CONFIG_FILE, {auto: auto_map[auto] for auto in auto_map.keys() - processors.keys()})
-    for name in _PROCESSOR_FILES:
-        if (directory / name).is_file():
-            _set_auto_map(directory / name, processors)
+    pointers = {
+        "config.json": {auto: name for auto, name in auto_map.items() if auto not in processors},
+        "processor_config.json": processors,
+        "preprocessor_config.json": processors,
+        "tokenizer_config.json": {},
+    }
+    for file, wanted in pointers.items():
+        if (directory / file).is_file():
+            _set_auto_map(directory / file, wanted if include else {})
     if include:
         write_text_atomically(directory / f"{module}.py", bundle(classes.values()))
 
@@ -84,16 +86,19 @@ def bundle(objects: Iterable[str]) -> str:
 
 
 def _set_auto_map(path: Path, auto_map: dict[str, str]) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    entries = [(content, auto_map)]
-    if isinstance(content.get("image_processor"), dict):
-        key = "AutoImageProcessor"
-        entries.append((content["image_processor"], {key: auto_map[key]} if auto_map else {}))
-    for entry, value in entries:
-        entry.pop("auto_map", None)
-        if value:
-            entry["auto_map"] = value
+    content = _without_auto_maps(json.loads(path.read_text(encoding="utf-8")))
+    if auto_map:
+        content["auto_map"] = auto_map
+        if "image_processor" in content:
+            content["image_processor"]["auto_map"] = {"AutoImageProcessor": auto_map["AutoImageProcessor"]}
     write_text_atomically(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _without_auto_maps(content: Any) -> Any:
+    """Return JSON content without the pointers to code in it or in its parts, such as a decoder's configuration."""
+    if isinstance(content, dict):
+        return {key: _without_auto_maps(value) for key, value in content.items() if key != "auto_map"}
+    return content
 
 
 @dataclass(eq=False)

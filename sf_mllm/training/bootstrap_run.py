@@ -17,9 +17,10 @@ from sf_mllm.training.bootstrap_student import build_student, find_state_blocks
 from sf_mllm.training.bootstrap_task import BootstrapTask
 from sf_mllm.training.bootstrap_trainer import BootstrapTrainer
 from sf_mllm.training.feature_decoder import StudentWithDecoder
+from sf_mllm.training.model_directory import write_model_directory
 from sf_mllm.training.processes import check_deepspeed
 from sf_mllm.training.progress import report_progress
-from sf_mllm.training.run_folder import RunFolder, write_directory_atomically
+from sf_mllm.training.run_folder import RunFolder
 from sf_mllm.training.step_times import describe_speed
 from sf_mllm.training.store_origin import open_stored_views
 from sf_mllm.training.teachers import Teacher, load_teacher
@@ -126,9 +127,7 @@ def save_encoder(student: SparseFormerModel, teacher: Teacher, data: DataConfig,
         image_mean=list(teacher.preprocessing.mean),
         image_std=list(teacher.preprocessing.std),
     )
-    with write_directory_atomically(directory) as temporary:
-        student.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+    write_model_directory(directory, student, processor)
 
 
 def _count(module: nn.Module, trained_only: bool = False) -> int:

@@ -49,6 +49,8 @@ class SaveConfig:
     """float32, bfloat16 or float16; coordinates stay float32."""
     max_shard_size: str = "5GB"
     """Largest weight file."""
+    remote_code: bool = True
+    """Put the model's own code beside the weights, for people who load it without this package."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ from peft import PeftModel
 from sf_mllm.data.image_io import open_image
 from sf_mllm.data.messages import Conversation
 from sf_mllm.training.instruct_config import SaveConfig
+from sf_mllm.training.model_directory import write_model_directory
 from sf_mllm.training.run_folder import write_directory_atomically
 from sf_mllm.vlm.adapters import merge_adapters
 from sf_mllm.vlm.build import cast_weights
@@ -31,9 +32,13 @@ def save_results(
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
     merged = cast_weights(merge_adapters(model), getattr(torch, save.dtype))
     merged.config.use_cache = True  # the Trainer switched it off for training
-    with write_directory_atomically(folder / "model") as temporary:
-        merged.save_pretrained(temporary, max_shard_size=save.max_shard_size)
-        processor.save_pretrained(temporary)
+    write_model_directory(
+        folder / "model",
+        merged,
+        processor,
+        max_shard_size=save.max_shard_size,
+        remote_code=save.remote_code,
+    )
     return merged.eval()
 
 
