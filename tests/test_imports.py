@@ -19,12 +19,13 @@ ALLOWED = {
     "config": {"errors", "constants"},
     "assets": {"errors", "constants"},
     "regions": set(),
+    "remote_code": _BASE,
     "ops": _BASE,
     "encoder": _BASE | {"ops"},
     "vlm": _BASE | {"ops", "encoder"},
     "registration": {"encoder", "vlm"},
     "data": _BASE,
-    "training": _BASE | {"ops", "encoder", "vlm", "data", "registration", "regions"},
+    "training": _BASE | {"ops", "encoder", "vlm", "data", "registration", "regions", "remote_code"},
     "inference": _BASE | {"ops", "encoder", "vlm", "registration", "regions"},
     "cli": _BASE | {"ops", "encoder", "vlm", "registration", "regions", "inference", "data"},
 }
@@ -37,7 +38,7 @@ ONLY_IN = {
     "omegaconf": {"config.py", "training"},
     "accelerate": {"training"},
     "matplotlib": {"training/report_figures.py"},
-    "datasets": {"data/image_specs.py", "data/image_sources.py"},
+    "datasets": {"data/image_specs.py", "data/image_sources.py", "data/tables.py", "data/conversation_tables.py"},
     "webdataset": {"data/image_specs.py", "data/tar_shards.py"},
 }
 ENTRY_POINTS = (
@@ -46,6 +47,7 @@ ENTRY_POINTS = (
     "sf_mllm.training.reinforce",
     "sf_mllm.training.report",
     "sf_mllm.training.instruct",
+    "sf_mllm.training.merge",
     "sf_mllm.data.scenes",
 )
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sf_mllm.data.image_sources import IMAGE_SUFFIXES, FolderImages, ImageSource, JoinedImages, TableImages, digest
+from sf_mllm.data.tables import describe_sizes, is_saved_table, load_hub_table, load_saved_table, load_table_files
 from sf_mllm.data.tar_shards import TarShards, is_local
-from sf_mllm.errors import InputError, first_line, nearest
+from sf_mllm.errors import InputError, nearest
 
 if TYPE_CHECKING:
     import datasets
@@ -49,25 +50,20 @@ def open_images(specs: Sequence[str], image_column: str | None = None) -> ImageS
 
 def _open_one(spec: str, image_column: str | None) -> ImageSource | TarShards:
     if spec.startswith("hf:"):
-        return _open_hub(spec, image_column)
+        return _wrap_table(load_hub_table(spec), image_column, spec, [])
     if not is_local(spec):
-        return _open_shards(_expand_braces(spec), image_column)
+        return _open_shards(expand_braces(spec), image_column)
     if os.path.isdir(spec):
         return _open_folder(spec, image_column)
-    paths = sorted(path for pattern in _expand_braces(spec) for path in _expand_stars(pattern))
+    paths = sorted(path for pattern in expand_braces(spec) for path in _expand_stars(pattern))
     if not paths:
         raise InputError(f"'{spec}' does not exist; data.images takes {FORMS}.")
     return _open_files(paths, spec, image_column)
 
 
 def _open_folder(folder: str, image_column: str | None) -> ImageSource | TarShards:
-    names = set(os.listdir(folder))
-    if "dataset_dict.json" in names:
-        raise InputError(f"'{folder}' holds several splits; give one of them, for example {folder.rstrip('/')}/train.")
-    if {"dataset_info.json", "state.json"} <= names:
-        import datasets
-
-        table = datasets.load_from_disk(folder)
+    if is_saved_table(folder):
+        table = load_saved_table(folder)
         return _wrap_table(table, image_column, folder, [Path(file["filename"]) for file in table.cache_files])
     files: dict[str, list[str]] = {}
     for parent, _, found in os.walk(folder):
@@ -85,23 +81,15 @@ def _open_folder(folder: str, image_column: str | None) -> ImageSource | TarShar
 
 def _open_files(paths: list[str], spec: str, image_column: str | None) -> ImageSource | TarShards:
     kinds = {_kind_of(path) for path in paths}
-    if len(kinds) > 1 or None in kinds:
+    kind = kinds.pop() if len(kinds) == 1 else None
+    if kind is None:
         raise InputError(
             f"'{spec}' means {len(paths)} files that are not all tar, all parquet or all arrow files; data.images "
             f"takes {FORMS}."
         )
-    kind = kinds.pop()
     if kind == "tar":
         return _open_shards(paths, image_column)
-    import datasets  # only runs on tables need it
-
-    try:
-        if kind == "arrow":
-            table = datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path in paths])
-        else:  # converted once into a file of the datasets cache that can be mapped into memory
-            table = datasets.load_dataset("parquet", data_files={"train": paths}, split="train")
-    except Exception as error:  # pyarrow and datasets raise almost anything for a damaged file
-        raise InputError(f"'{spec}' cannot be read as {kind} by datasets ({first_line(error)}); repair it.") from error
+    table = load_table_files(paths, kind, spec)
     return _wrap_table(table, image_column, spec, [Path(path) for path in paths])
 
 
@@ -117,19 +105,6 @@ def _open_shards(urls: list[str], image_column: str | None) -> TarShards:
                 f"{', '.join(schemes)}; use pipe:COMMAND for what a command can print."
             )
     return TarShards(urls, image_column.lstrip(".").lower() if image_column else None)
-
-
-def _open_hub(spec: str, image_column: str | None) -> ImageSource:
-    import datasets
-
-    name, _, split = spec.removeprefix("hf:").partition(":")
-    if name.count("/") != 1 or not all(name.split("/")):
-        raise InputError(f"'{spec}' is not of the form hf:OWNER/NAME or hf:OWNER/NAME:split.")
-    try:
-        table = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # of the network, of the hub, of the files
-        raise InputError(f"Data set '{spec}' cannot be loaded by datasets ({first_line(error)}).") from error
-    return _wrap_table(table, image_column, spec, [])
 
 
 def _wrap_table(table: datasets.Dataset, image_column: str | None, label: str, files: list[Path]) -> TableImages:
@@ -153,7 +128,7 @@ def _wrap_table(table: datasets.Dataset, image_column: str | None, label: str, f
     table = table.select_columns([column])
     if column in images:
         table = table.cast_column(column, datasets.Image(decode=False))
-    sizes = [f"{file.name} {file.stat().st_size}" for file in files] or [label, table.info.dataset_size]
+    sizes = describe_sizes(table, files, label)
     return TableImages(table, column, label, digest("table", column, len(table), *sizes))
 
 
@@ -168,7 +143,8 @@ def _kind_of(path: str) -> str | None:
     return next((kind for suffix, kind in _KIND_OF_SUFFIX.items() if path.lower().endswith(suffix)), None)
 
 
-def _expand_braces(spec: str) -> list[str]:
+def expand_braces(spec: str) -> list[str]:
+    """Return every name that a description with ranges such as {000..099} stands for."""
     if "{" not in spec:
         return [spec]
     from webdataset.shardlists import expand_urls
