@@ -17,6 +17,7 @@ from sf_mllm.training.instruct_results import save_results, show_answers
 from sf_mllm.training.instruct_trainer import InstructTrainer
 from sf_mllm.training.progress import report_progress
 from sf_mllm.training.run_folder import RunFolder
+from sf_mllm.training.split_weights import gather_trained_weights, has_split_weights, whole_weights
 from sf_mllm.vlm.adapters import PROJECTOR, add_adapters
 from sf_mllm.vlm.processing_sf_llava import SFLlavaProcessor
 
@@ -38,7 +39,8 @@ def run_instruct(config: InstructConfig) -> Path:
         return model_directory
     arguments = make_training_arguments(config.train, run.checkpoints, config.seed)
     with run.recording():
-        model, processor = build_model(config)
+        with whole_weights(arguments):
+            model, processor = build_model(config)
         training, held_out, counts = prepare_data(config, run, processor)
         trainer = InstructTrainer(
             projector_learning_rate=config.projector_learning_rate,
@@ -53,10 +55,15 @@ def run_instruct(config: InstructConfig) -> Path:
         trainer.train(resume_from_checkpoint=run.find_last_checkpoint())
         evaluation = trainer.evaluate()
         run.update_record(held_out_loss=evaluation["eval_loss"])
+        weights = gather_trained_weights(model)
         if trainer.is_world_process_zero():
-            merged: Any = save_results(model, processor, config.save, run.path)
-            merged.to(arguments.device)
-            show_answers(merged, processor, held_out.conversations[:_SHOWN_ANSWERS])
+            with whole_weights(arguments):
+                if has_split_weights(model):
+                    model, _ = build_model(config)
+                    model.load_state_dict(weights, strict=False)
+                merged: Any = save_results(model, processor, config.save, run.path)
+                merged.to(arguments.device)
+                show_answers(merged, processor, held_out.conversations[:_SHOWN_ANSWERS])
     trainer.accelerator.end_training()
     logger.info("Saved the model in %s. %s", model_directory, _chat_hint(model_directory))
     return model_directory

@@ -6,6 +6,7 @@ import torch
 from transformers import Trainer
 
 from sf_mllm.vlm.adapters import trained_parameter_groups
+from sf_mllm.vlm.modeling_sf_llava import SFLlavaModel
 
 
 class InstructTrainer(Trainer):
@@ -19,6 +20,9 @@ class InstructTrainer(Trainer):
     def __init__(self, *, projector_learning_rate: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.projector_learning_rate = projector_learning_rate
+        for module in self.model.modules():
+            if isinstance(module, SFLlavaModel):
+                module.always_encodes = self.args.world_size > 1
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the optimizer that the arguments name, over our parameter groups."""

@@ -24,6 +24,8 @@ class SFLlavaModel(LlavaModel):
     """The multimodal model without its language head."""
 
     config: SFLlavaConfig
+    always_encodes: bool = False
+    """Whether a batch without images runs tower and projector in evaluation, too; for weights that processes share."""
 
     def __init__(self, config: SFLlavaConfig) -> None:
         # LlavaModel's constructor would look the tower up in AutoModel, where another copy of the class may be
@@ -90,8 +92,10 @@ class SFLlavaModel(LlavaModel):
 
         Distributed training waits for the gradients of the projector on every rank: a rank whose batch is text only
         would leave the others waiting for ever. One blank image, multiplied by zero, gives it gradients of zero.
+        Where each rank holds a part of every weight (ZeRO-3, FSDP) the same holds for gathering them, in training and
+        in evaluation.
         """
-        if self.training and pixel_values is None and past_key_values is None:
+        if (self.training or self.always_encodes) and pixel_values is None and past_key_values is None:
             if inputs_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
                 input_ids = None
