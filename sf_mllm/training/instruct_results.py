@@ -30,14 +30,17 @@ def save_results(
     with write_directory_atomically(folder / "adapter") as temporary:
         model.save_pretrained(str(temporary))
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+    return write_merged_model(folder / "model", model, processor, save)
+
+
+def write_merged_model(
+    directory: str | Path, model: PeftModel, processor: SFLlavaProcessor, save: SaveConfig
+) -> SFLlavaForConditionalGeneration:
+    """Fold the adapters in, write the plain model and return it in eval mode; `model` must not be used afterwards."""
     merged = cast_weights(merge_adapters(model), getattr(torch, save.dtype))
-    merged.config.use_cache = True  # the Trainer switched it off for training
+    merged.config.use_cache = True  # the Trainer switches it off for training
     write_model_directory(
-        folder / "model",
-        merged,
-        processor,
-        max_shard_size=save.max_shard_size,
-        remote_code=save.remote_code,
+        directory, merged, processor, max_shard_size=save.max_shard_size, remote_code=save.remote_code
     )
     return merged.eval()
 

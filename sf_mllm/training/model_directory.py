@@ -25,7 +25,7 @@ def write_model_directory(
         processor: the encoder's image processor or the SFLlava's processor.
         max_shard_size: largest weight file, "5GB" or "500MB".
         remote_code: add the model's own code, so that `trust_remote_code=True` loads it where this package is not
-            installed. Where the package is imported, that file is never read.
+            installed. Where the package is imported and registered, that file is never run.
     """
     with write_directory_atomically(directory) as temporary:
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
