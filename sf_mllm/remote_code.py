@@ -141,7 +141,7 @@ class _Bundler:
     def __init__(self) -> None:
         self.modules: dict[str, _Module] = {}  # in the order in which they were completely read
         self.imports: dict[str, tuple[str, str | None]] = {}
-        self.owners: dict[str, _Module] = {}
+        self.owners: dict[str, tuple[str, object]] = {}  # name -> module that used it first, and what it means there
 
     def load(self, name: str) -> _Module:
         """Read a module and the modules of ours that it imports."""
@@ -157,12 +157,11 @@ class _Bundler:
         if name in module.ours:
             self.reach(*module.ours[name])
         elif name in module.foreign:
-            if self.imports.setdefault(name, module.foreign[name]) != module.foreign[name] or name in self.owners:
-                raise RuntimeError(f"'{name}' of {module.name} means something else in another module; rename one.")
+            self._claim(name, module, module.foreign[name])
+            self.imports[name] = module.foreign[name]
         elif name in module.defines:
-            if self.owners.setdefault(name, module) is not module or name in self.imports:
-                raise RuntimeError(f"'{name}' of {module.name} is also a name in another module; rename one.")
             statement = module.defines[name]
+            self._claim(name, module, statement)
             if not statement.is_used:
                 statement.is_used = True
                 for used in sorted(statement.uses):
@@ -186,6 +185,11 @@ class _Bundler:
             if used:
                 parts.append(f"\n\n# {module.name}\n\n\n" + "".join(used).strip("\n") + "\n")
         return "\n".join(parts[:2]) + "".join(parts[2:])
+
+    def _claim(self, name: str, module: _Module, meaning: object) -> None:
+        owner, earlier = self.owners.setdefault(name, (module.name, meaning))
+        if earlier != meaning:
+            raise RuntimeError(f"'{name}' means one thing in {owner} and another in {module.name}; rename one.")
 
     def _read(self, module: _Module, source: str) -> None:
         lines = source.splitlines(keepends=True)

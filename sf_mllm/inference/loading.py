@@ -32,7 +32,7 @@ def load_model(
     """Load a model that answers questions about images, in eval mode, with its processor.
 
     What the model is comes from its `config.json` alone. Loading is strict: weights that are missing, left over or of
-    another shape are an error.
+    another shape are an error. Code that lies beside the weights is never run, nor is the user asked whether it may.
 
     Args:
         path: model directory, run folder of stage two, "demo:sf_llava", or id of a repository on the hub.
@@ -56,6 +56,7 @@ def load_model(
             dtype=torch_dtype,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # refused below, with the other differences
             output_loading_info=True,
         )
@@ -68,7 +69,7 @@ def load_model(
     model, report = loaded
     refuse_misfit(type(model).__name__, directory, report)
     try:
-        processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a broken file makes transformers' readers stumble in many ways
         raise InputError(
             f"Tokenizer or image settings in '{directory}' cannot be loaded: {first_line(error)}."
@@ -140,13 +141,14 @@ def _check_config(directory: Path) -> None:
         if (directory / "adapter_config.json").is_file():
             raise InputError(
                 f"'{directory}' holds a LoRA adapter without its model; "
-                "give the directory named model that stage two writes beside it."
+                "give the directory named model that stage two writes beside it, or one that "
+                "python -m sf_mllm.training.merge makes of it."
             )
         if (directory / "config.yaml").is_file():
             raise InputError(f"'{directory}' is a run folder without a finished model that can answer; {_MAKE_ONE}.")
         raise InputError(f"Model directory '{directory}' has no config.json; {_MAKE_ONE}.")
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # strict configuration classes raise types of their own
         raise InputError(f"'{directory}/config.json' cannot be used: {first_line(error)}.") from error
     if config.model_type == SparseFormerConfig.model_type:
