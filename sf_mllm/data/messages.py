@@ -1,16 +1,20 @@
-"""Conversations about images: the typed form used everywhere, and a strict reader of LLaVA JSON."""
+"""Conversations about images: the typed form used everywhere, and the strict parser of a row of any source."""
 
-import json
 import os.path
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from sf_mllm.constants import IMAGE_TOKEN
+from sf_mllm.data.image_io import open_image
 from sf_mllm.errors import InputError, is_valid_text
 
 _ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_SHOWN_PROBLEMS = 3
+_IMAGE_PART = IMAGE_TOKEN + "\n"
+"""An image part as text; the chat templates of this project write it in the same way (`data.chat`)."""
 
 
 @dataclass(frozen=True)
@@ -21,101 +25,136 @@ class Message:
     text: str
 
 
+class ImageReference(ABC):
+    """An image that is not read yet; `str()` is what messages call it."""
+
+    @abstractmethod
+    def exists(self) -> bool:
+        """Whether there is something to decode; nothing is read."""
+
+    @abstractmethod
+    def open(self) -> Image.Image:
+        """Decode it.
+
+        Raises:
+            InputError: it is missing or damaged; the message names it.
+        """
+
+
+@dataclass(frozen=True)
+class ImageFile(ImageReference):
+    """An image file."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def exists(self) -> bool:
+        """Whether there is such a file."""
+        return os.path.isfile(self.path)  # Path.is_file raises where a name is too long to exist
+
+    def open(self) -> Image.Image:
+        """Decode the file."""
+        return open_image(self.path)
+
+
 @dataclass(frozen=True)
 class Conversation:
     """One row of training data: user and assistant take turns, the assistant speaks last.
 
-    `image_paths` holds one file per `<image>` placeholder, in the order of the placeholders.
+    `images` holds one image per `<image>` placeholder, in the order of the placeholders.
     """
 
     id: str
     messages: tuple[Message, ...]
-    image_paths: tuple[Path, ...] = ()
+    images: tuple[ImageReference, ...] = ()
 
 
-def read_llava_json(path: str | Path, image_root: str | Path | None = None) -> list[Conversation]:
-    r"""Read a LLaVA instruction file: a JSON list of rows with `conversations` and, optionally, `image`.
+def parse_conversation(row: Any, *, number: int, image_root: Path) -> Conversation:
+    r"""Turn a row into a conversation; whether its images exist is not looked up.
 
-    A row looks like `{"id": "7", "image": "7.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat is
-    this?"}, {"from": "gpt", "value": "A dog."}]}`. `image` may be a list; `<image>` may stand anywhere in a human turn;
-    a row without images is text only. Answers are stripped of surrounding white space, as chat templates do.
+    Two forms are known, and `image` and `images` mean the same in both, one image or a list of them::
+
+        {"id": "7", "image": "7.jpg", "conversations": [
+            {"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A dog."}]}
+        {"id": "7", "images": ["7.jpg"], "messages": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+            {"role": "assistant", "content": "A dog."}]}
+
+    `<image>` may stand anywhere in a human turn; a row without images is text only. Content is a text or a list of
+    parts; an image part may hold the file's name as `image` or `path` if the row has no `images`. Answers are stripped
+    of surrounding white space, as chat templates do.
 
     Args:
-        path: the JSON file.
-        image_root: folder that image paths are relative to; the folder of the file if None.
-
-    Returns:
-        One conversation a row, in file order; every image file exists.
+        row: a decoded row; its images are file names or `ImageReference`s.
+        number: the row's id if it has none.
+        image_root: folder that file names are relative to.
 
     Raises:
-        InputError: the file cannot be read as such a list, or any row is malformed (the message counts the bad rows and
-            names the first ones with the reason).
+        InputError: the row is malformed; the message says how, not where.
     """
-    path = Path(path)
-    root = path.parent if image_root is None else Path(image_root)
-    rows = _read_rows(path)
-    conversations, problems = [], []
-    for index, row in enumerate(rows):
-        name = f"row {index} (id '{row['id']}')" if isinstance(row, dict) and "id" in row else f"row {index}"
-        try:
-            conversations.append(_parse_row(row, index, root))
-        except InputError as error:
-            problems.append(f"{name}: {error}")
-    if problems:
-        more = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-        shown = "; ".join(problems[:_SHOWN_PROBLEMS])
-        raise InputError(
-            f"{len(problems)} of {len(rows)} rows of '{path}' cannot be used, mend or remove them: {shown}{more}."
-        )
-    return conversations
-
-
-def _read_rows(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise InputError(f"Instruction file '{path}' does not exist; give the path of a JSON file in LLaVA's format.")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"Instruction file '{path}' is not valid JSON ({error}).") from error
-    if not isinstance(rows, list) or not rows:
-        raise InputError(f"Instruction file '{path}' must hold a non-empty JSON list of rows in LLaVA's format.")
-    return rows
-
-
-def _parse_row(row: Any, index: int, root: Path) -> Conversation:
     if not isinstance(row, dict):
         raise InputError(f"is a JSON {type(row).__name__}, not an object")
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise InputError("'conversations' must be a non-empty list of turns")
-    messages = tuple(_parse_turn(turn, position) for position, turn in enumerate(turns))
+    forms = [form for form in ("conversations", "messages") if row.get(form)]
+    if len(forms) != 1 or not isinstance(row[forms[0]], list):
+        raise InputError("needs a non-empty list of turns under either 'conversations' or 'messages'")
+    form = forms[0]
+    parse_turn = _parse_llava_turn if form == "conversations" else _parse_chat_turn
+    inside: list[str] = []  # names of images that stand in the turns themselves
+    messages = tuple(_checked(*parse_turn(turn, position, inside), position) for position, turn in enumerate(row[form]))
 
     roles = [message.role for message in messages]
     spoken = roles[1:] if roles[0] == "system" else roles
     if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise InputError(f"turns must alternate human, gpt and end with gpt, but they are {', '.join(roles)}")
+        pair = "human, gpt and end with gpt" if form == "conversations" else "user, assistant and end with assistant"
+        raise InputError(f"turns must alternate {pair}, but they are {', '.join(roles)}")
 
-    images = row.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise InputError("'image' must be a file name or a list of file names")
+    images = _collect_images(row, inside)
     placeholders = sum(message.text.count(IMAGE_TOKEN) for message in messages)
     if placeholders != len(images):
         raise InputError(f"has {len(images)} image(s) but its turns hold {placeholders} {IMAGE_TOKEN} placeholder(s)")
-    paths = tuple(root / image for image in images)
-    for image_path in paths:
-        if not os.path.isfile(image_path):  # Path.is_file raises where a name is too long to exist
-            raise InputError(f"its image '{image_path}' does not exist")
-    return Conversation(id=str(row.get("id", index)), messages=messages, image_paths=paths)
+    return Conversation(
+        id=str(number if row.get("id") is None else row["id"]),
+        messages=messages,
+        images=tuple(ImageFile(image_root / image) if isinstance(image, str) else image for image in images),
+    )
 
 
-def _parse_turn(turn: Any, position: int) -> Message:
+def _parse_llava_turn(turn: Any, position: int, inside: list[str]) -> tuple[str, str]:
     speaker = turn.get("from") if isinstance(turn, dict) else None
     value = turn.get("value") if isinstance(turn, dict) else None
     if not isinstance(speaker, str) or speaker not in _ROLE_OF or not isinstance(value, str):
         raise InputError(f"turn {position} needs 'from' (one of {', '.join(_ROLE_OF)}) and a text 'value'")
+    return speaker, value
+
+
+def _parse_chat_turn(turn: Any, position: int, inside: list[str]) -> tuple[str, str]:
+    speaker = turn.get("role") if isinstance(turn, dict) else None
+    content = turn.get("content") if isinstance(turn, dict) else None
+    if not isinstance(speaker, str) or speaker not in _ROLE_OF or not isinstance(content, str | list):
+        raise InputError(f"turn {position} needs 'role' (one of user, assistant, system) and 'content', text or parts")
+    if isinstance(content, str):
+        return speaker, content
+    return speaker, "".join(_parse_part(part, position, inside) for part in content)
+
+
+def _parse_part(part: Any, position: int, inside: list[str]) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind != "image":
+        raise InputError(f"turn {position} has a part that is neither {{type: image}} nor {{type: text, text: WORDS}}")
+    name = part.get("image") or part.get("path")
+    if name is not None and not isinstance(name, str):
+        raise InputError(f"turn {position} holds an image that is no file name; put embedded images under 'images'")
+    inside.extend([name] if name else [])
+    return _IMAGE_PART
+
+
+def _checked(speaker: str, text: str, position: int) -> Message:
     role = _ROLE_OF[speaker]
-    text = value.strip() if role == "assistant" else value
+    text = text.strip() if role == "assistant" else text
     if not text.strip():
         raise InputError(f"turn {position} ({speaker}) is empty")
     if not is_valid_text(text):
@@ -123,3 +162,17 @@ def _parse_turn(turn: Any, position: int) -> Message:
     if role != "user" and IMAGE_TOKEN in text:
         raise InputError(f"turn {position} ({speaker}) holds {IMAGE_TOKEN}, which only human turns may")
     return Message(role=role, text=text)
+
+
+def _collect_images(row: dict[str, Any], inside: list[str]) -> list[str | ImageReference]:
+    """Return a row's images, from whichever of its three possible places holds some."""
+    places: list[Any] = [row.get("image"), row.get("images"), inside]
+    filled = [[place] if isinstance(place, str | ImageReference) else place for place in places if place]
+    if len(filled) > 1:
+        raise InputError(
+            "names images in several places; use one of 'image', 'images' and the image parts of the turns"
+        )
+    images = filled[0] if filled else []
+    if not isinstance(images, list) or not all(isinstance(image, str | ImageReference) and image for image in images):
+        raise InputError("'image' must be a file name or a list of file names, and so must 'images'")
+    return images

@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from sf_mllm.constants import MAX_SEED
 from sf_mllm.errors import InputError, nearest
+from sf_mllm.training.instruct_sources import parse_sources
 
 TRAINING_DTYPES = ("float32", "bfloat16")
 SAVED_DTYPES = ("float32", "bfloat16", "float16")
@@ -17,16 +18,23 @@ SAVED_DTYPES = ("float32", "bfloat16", "float16")
 class DataConfig:
     """Conversations about images."""
 
-    conversations: str = MISSING
-    """A JSON file in LLaVA's format, or "scenes", the built-in drawings with questions and answers."""
+    conversations: Any = MISSING
+    """A JSON or JSONL file, a Hugging Face data set, "scenes" (the built-in drawings with questions and answers), or a
+    list of these, each as a mapping where it has an image_root, weight or licence of its own (`SourceSettings`)."""
     image_root: str | None = None
-    """Folder that the file's image paths are relative to; null: the folder of the file."""
+    """Folder that image paths are relative to; null: the folder of the file that names them."""
+    drop_unusable: bool = False
+    """Leave out rows that cannot be used (malformed, an image missing or damaged, no answer within max_length) and list
+    them in dropped.jsonl, instead of refusing the data. Each image is decoded once before the first step."""
     scenes_count: int = 2000
     """Number of built-in scenes to draw, held-out ones included."""
     max_length: int = 2048
     """Tokens of a conversation, visual ones included; a longer one loses its end."""
     held_out: int = 16
-    """Conversations at the end of the file kept out of training, for a loss and a few answers at the end."""
+    """Conversations kept out of training, for a loss and a few answers at the end; drawn from all sources by the seed,
+    from each as often as training sees it."""
+    seed: int = 0
+    """Which rows are held out, which a weight leaves out, and the built-in scenes."""
 
 
 @dataclass
@@ -79,6 +87,7 @@ class InstructConfig:
 
     def __post_init__(self) -> None:
         """Check values that do not depend on the models or on the data."""
+        parse_sources(self.data.conversations, self.data.image_root)
         for name, value, allowed in (
             ("dtype", self.dtype, TRAINING_DTYPES),
             ("save.dtype", self.save.dtype, SAVED_DTYPES),
@@ -95,6 +104,7 @@ class InstructConfig:
             ("data.scenes_count", self.data.scenes_count, self.data.scenes_count >= 1, "at least 1"),
             ("data.held_out", self.data.held_out, self.data.held_out >= 1, "at least 1"),
             ("projector_learning_rate", self.projector_learning_rate, self.projector_learning_rate >= 0, "at least 0"),
+            ("data.seed", self.data.seed, 0 <= self.data.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
             ("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
         ):
             if not is_valid:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from sf_mllm.data.image_io import open_image
 from sf_mllm.data.messages import Conversation
 from sf_mllm.training.instruct_config import SaveConfig
 from sf_mllm.training.model_directory import write_model_directory
@@ -57,7 +56,7 @@ def show_answers(model: Any, processor: SFLlavaProcessor, conversations: Sequenc
             tokenize=False,
         )
         num_images = sum(message.text.count(processor.image_token) for message in asked)
-        images = [open_image(path) for path in conversation.image_paths[:num_images]]
+        images = [image.open() for image in conversation.images[:num_images]]
         inputs = processor(images=images or None, text=[prompt], return_tensors="pt").to(model.device)
         output = model.generate(**inputs, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

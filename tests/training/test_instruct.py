@@ -232,7 +232,8 @@ def test_rates_are_given_to_the_right_parameters(parts, tmp_path):
         ({"decoder": "./nowhere"}, "Decoder directory './nowhere' does not exist"),
         (
             {"data.max_length": 20},
-            r"12 of 12 conversations keep no answer .*max_length=20 tokens \(ids 0, 1, 2, 3, 4, ",
+            r"12 of 12 conversations cannot be trained on \(12 no answer within max_length\): row 0 of '.*rows.json' "
+            r"it has \d+ tokens, of which max_length=20 keeps none of an answer; row 1 .*; and 9 more\. Mend or remove",
         ),
         ({"data.held_out": 12}, "holds 12 conversations and data.held_out=12"),
         ({"data.conversations": "gone.json"}, "Instruction file 'gone.json' does not exist"),
