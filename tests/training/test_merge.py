@@ -23,6 +23,10 @@ QUESTIONS = ["<image>\nWhat colour is the square?", "How many objects?", "Compar
 IMAGES = [make_image(seed) for seed in range(3)]
 
 
+# Merged weights are rounded once more than a product with the update beside it; measured: 1.1e-5 at logits up to 10.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
 def load_base(folder):
     return join(
         *load_encoder(str(folder / "encoder"), torch.float32), *load_decoder(str(folder / "decoder"), torch.float32)
@@ -109,7 +113,7 @@ def test_adapter_on_its_base_equals_the_merged_model(parts, run, merged):
         logits = model(**batch).logits
         without = base.eval()(**batch).logits
         adapted = PeftModel.from_pretrained(base, run / "adapter").eval()(**batch).logits
-    torch.testing.assert_close(logits, adapted)
+    torch.testing.assert_close(logits, adapted, **CLOSE)
     assert (logits - without).abs().max() > 0.1
 
 
@@ -124,7 +128,7 @@ def test_an_adapter_directory_loads_by_the_auto_class_where_it_names_its_base(pa
     model = AutoModelForImageTextToText.from_pretrained(merged).eval()
     _, batch = batch_of(processor)
     with torch.no_grad():
-        torch.testing.assert_close(model(**batch).logits, adapted(**batch).logits)
+        torch.testing.assert_close(model(**batch).logits, adapted(**batch).logits, **CLOSE)
 
 
 def test_a_merged_model_answers_alike_alone_in_a_batch_with_and_without_a_cache(merged):
