@@ -1,27 +1,29 @@
-"""The conversations of an instruct run: found, checked, and split into training and held-out ones."""
+"""The data of an instruct run: checked conversations, split into training and held-out ones, as data sets."""
 
 import json
 import logging
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from sf_mllm.config import write_text_atomically
 from sf_mllm.data.conversation_sources import ChosenConversations, JoinedConversations
-from sf_mllm.data.conversation_specs import open_conversations
 from sf_mllm.data.conversations import ConversationDataset
 from sf_mllm.data.image_sources import digest
-from sf_mllm.data.mixtures import draw_rows
-from sf_mllm.data.row_checks import RowChecks, check_rows
+from sf_mllm.data.row_checks import RowChecks
 from sf_mllm.errors import InputError
 from sf_mllm.training.instruct_config import InstructConfig
-from sf_mllm.training.instruct_sources import SCENES, SourceSettings, parse_sources
-from sf_mllm.training.processes import main_process_first
+from sf_mllm.training.instruct_rows import (
+    RowPlan,
+    RunConversations,
+    check_conversations,
+    count_usable,
+    find_conversations,
+    list_unusable,
+    plan_rows,
+)
+from sf_mllm.training.process_order import main_process_first
 from sf_mllm.training.run_folder import RunFolder, is_main_process
 from sf_mllm.vlm.processing_sf_llava import SFLlavaProcessor
 
@@ -29,42 +31,6 @@ logger = logging.getLogger(__name__)
 
 _CHECKS_FILE = "row_checks.npz"
 _DROPPED_FILE = "dropped.jsonl"
-_SHOWN_PROBLEMS = 3
-_MAX_PROCESSES = 16  # each takes about a GiB of memory, and a container may see more cores than it may use
-_SCENES_PER_PROCESS = 2000  # fewer are drawn sooner than another process starts
-
-
-@dataclass(frozen=True)
-class RunConversations:
-    """The sources of a run, in the order of its configuration."""
-
-    settings: list[SourceSettings]
-    source: JoinedConversations
-
-    @property
-    def weights(self) -> list[float]:
-        """How often a row of each source is seen in an epoch."""
-        return [setting.weight for setting in self.settings]
-
-    @property
-    def licences(self) -> list[str]:
-        """What is known about the licence of each source."""
-        pairs = zip(self.settings, self.source.sources, strict=True)
-        return [setting.licence or source.licence or "not stated" for setting, source in pairs]
-
-    def source_of(self, rows: np.ndarray) -> np.ndarray:
-        """Return the number of the source of each of some rows, [rows]."""
-        return np.searchsorted(self.source.ends, rows, side="right")
-
-
-@dataclass(frozen=True)
-class RowPlan:
-    """Numbers of rows in the joined source."""
-
-    training: np.ndarray
-    """Rows of an epoch, sorted; one may come several times."""
-    held_out: np.ndarray
-    """Rows to measure on, sorted."""
 
 
 def prepare_data(
@@ -88,7 +54,7 @@ def prepare_data(
     checks = _check_once(config, run, processor, conversations.source)
     plan = plan_rows(config, conversations, checks)
     if is_main_process():
-        _list_dropped(run.path / _DROPPED_FILE, conversations, checks)
+        _write_dropped(run.path / _DROPPED_FILE, conversations, checks)
     counts = count_usable(checks)
     if counts["truncated_rows"]:
         logger.warning(
@@ -119,96 +85,6 @@ def prepare_data(
         )
 
     return dataset(plan.training), dataset(plan.held_out), counts
-
-
-def find_conversations(config: InstructConfig, scenes_folder: Path) -> RunConversations:
-    """Open the sources that a configuration names; the built-in scenes are drawn if they are among them.
-
-    Raises:
-        InputError: one of them cannot be used.
-    """
-    settings = parse_sources(config.data.conversations, config.data.image_root)
-    opened = []
-    for setting in settings:
-        path, image_root = setting.conversations, setting.image_root
-        if path == SCENES:
-            path, image_root = draw_scenes(scenes_folder, config)
-        opened.append(open_conversations(path, image_root))
-    return RunConversations(settings, JoinedConversations(opened, ", ".join(source.label for source in opened)))
-
-
-def plan_rows(config: InstructConfig, conversations: RunConversations, checks: RowChecks) -> RowPlan:
-    """Decide which rows are trained on and which are held out.
-
-    Raises:
-        InputError: some rows cannot be used and are not to be dropped, or too few can.
-    """
-    source, held_out = conversations.source, config.data.held_out
-    if checks.reasons and not config.data.drop_unusable:
-        raise InputError(_describe_refusal(source, checks))
-    usable = np.flatnonzero(checks.usable)
-    source_of = conversations.source_of(usable)
-    for number, part in enumerate(source.sources):
-        if number not in source_of:
-            raise InputError(f"No row of '{part.label}' can be used; repair it or leave it out of data.conversations.")
-    if len(usable) <= held_out:
-        raise InputError(
-            f"'{source.label}' holds {len(usable)} conversations and data.held_out={held_out} of them are kept out of "
-            "training, so none is left; lower data.held_out or add rows."
-        )
-    training, kept_out = draw_rows(
-        source_of, conversations.weights, checks.rows["digest"][usable], held_out=held_out, seed=config.data.seed
-    )
-    plan = RowPlan(usable[training], usable[kept_out])
-    for number, part in enumerate(source.sources):
-        if number not in conversations.source_of(plan.training):
-            raise InputError(
-                f"Of '{part.label}' no row is left to train on, with weight {conversations.weights[number]:g} and "
-                f"data.held_out={held_out}; raise the weight, lower data.held_out or leave it out."
-            )
-    return plan
-
-
-def count_usable(checks: RowChecks, rows: Sequence[int] | slice | np.ndarray = slice(None)) -> dict[str, int]:
-    """Count what the usable ones of some rows hold; tokens are those within max_length."""
-    chosen = checks.rows[rows][checks.usable[rows]]
-    return {
-        "rows": len(chosen),
-        "images": int(chosen["images"].sum()),
-        "tokens": int(chosen["kept_tokens"].sum(dtype=np.int64)),
-        "supervised_tokens": int(chosen["kept_answer_tokens"].sum(dtype=np.int64)),
-        "truncated_rows": int((chosen["kept_tokens"] < chosen["tokens"]).sum()),
-        "lost_answer_tokens": int((chosen["answer_tokens"] - chosen["kept_answer_tokens"]).sum(dtype=np.int64)),
-    }
-
-
-def check_conversations(
-    config: InstructConfig,
-    source: JoinedConversations,
-    tokenizer: PreTrainedTokenizerBase,
-    image_seq_length: int,
-    *,
-    decode_images: bool,
-) -> RowChecks:
-    """Check every row as training with a configuration would use it."""
-    return check_rows(
-        source,
-        tokenizer,
-        image_seq_length=image_seq_length,
-        max_length=config.data.max_length,
-        decode_images=decode_images,
-    )
-
-
-def draw_scenes(folder: Path, config: InstructConfig) -> tuple[str, str]:
-    """Export the built-in scenes, unless they are there; return their JSON file and image folder."""
-    from sf_mllm.data import scenes  # only runs on scenes need the renderer
-
-    logger.info("Drawing %d scenes in %s", config.data.scenes_count, folder)
-    count = config.data.scenes_count
-    workers = min(os.cpu_count() or 1, _MAX_PROCESSES, 1 + count // _SCENES_PER_PROCESS)
-    scenes.export_scenes(folder, count=count, seed=config.data.seed, workers=workers)
-    return str(folder / scenes.CONVERSATIONS_FILE), str(folder / scenes.IMAGE_FOLDER)
 
 
 def _check_once(
@@ -262,27 +138,11 @@ def _describe_sources(conversations: RunConversations, plan: RowPlan) -> list[di
     ]
 
 
-def _describe_refusal(source: JoinedConversations, checks: RowChecks) -> str:
-    rows = sorted(checks.reasons)
-    counts = ", ".join(f"{count} {problem}" for problem, count in checks.count_problems().items())
-    shown = "; ".join(f"{source.place(row)} {checks.reasons[row]}" for row in rows[:_SHOWN_PROBLEMS])
-    more = f"; and {len(rows) - _SHOWN_PROBLEMS} more" if len(rows) > _SHOWN_PROBLEMS else ""
-    return (
-        f"{len(rows)} of {len(source)} conversations cannot be trained on ({counts}): {shown}{more}. Mend or remove "
-        "them, raise data.max_length where it cuts them off, or leave them out with data.drop_unusable=true."
-    )
-
-
-def _list_dropped(path: Path, conversations: RunConversations, checks: RowChecks) -> None:
+def _write_dropped(path: Path, conversations: RunConversations, checks: RowChecks) -> None:
     """Write one JSON row for each conversation that is left out; no file if there is none."""
-    if not checks.reasons:
+    lines = [json.dumps(row) + "\n" for row in list_unusable(conversations, checks)]
+    if not lines:
         path.unlink(missing_ok=True)
         return
-    lines = []
-    for row, reason in sorted(checks.reasons.items()):
-        number, _ = conversations.source.locate(row)
-        problem = checks.problem_of(row).words
-        entry = {"source": conversations.source.sources[number].label, "place": conversations.source.place(row)}
-        lines.append(json.dumps({**entry, "problem": problem, "reason": reason}) + "\n")
     write_text_atomically(path, "".join(lines))
     logger.warning("%d conversations cannot be used and are left out; %s lists them.", len(lines), path)
