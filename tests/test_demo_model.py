@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from eval.scene_qa import answer_from_images, held_out_questions, score
 from sf_mllm import SFLlavaForConditionalGeneration, SFLlavaProcessor, SparseFormerModel, register_auto_classes
 from sf_mllm.assets import DEMO_ROOT
-from sf_mllm.vlm.build import fingerprint
+from sf_mllm.vlm.fingerprints import fingerprint
 
 MIB = 2**20
 ASKED = ("color", "count", "shape")

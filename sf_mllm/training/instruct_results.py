@@ -1,4 +1,4 @@
-"""What an instruct run leaves behind: the adapter, the merged model, and a few answers to look at."""
+"""What a run of stage two leaves behind: projector, adapter, merged model, and a few answers to look at."""
 
 import logging
 from collections.abc import Sequence
@@ -12,10 +12,11 @@ from sf_mllm.data.messages import Conversation
 from sf_mllm.training.instruct_config import SaveConfig
 from sf_mllm.training.model_directory import write_model_directory
 from sf_mllm.training.run_folder import write_directory_atomically
-from sf_mllm.vlm.adapters import merge_adapters
+from sf_mllm.vlm.adapters import fingerprints_of, has_adapters, merge_adapters, save_adapters, trained_projector
 from sf_mllm.vlm.build import cast_weights
 from sf_mllm.vlm.modeling_sf_llava import SFLlavaForConditionalGeneration
 from sf_mllm.vlm.processing_sf_llava import SFLlavaProcessor
+from sf_mllm.vlm.projector_files import PROJECTOR_FOLDER, save_projector
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +26,22 @@ _MAX_NEW_TOKENS = 64
 def save_results(
     model: PeftModel, processor: SFLlavaProcessor, save: SaveConfig, folder: Path
 ) -> SFLlavaForConditionalGeneration:
-    """Write the adapter alone, then the merged model with all it needs; return the merged model in eval mode."""
-    with write_directory_atomically(folder / "adapter") as temporary:
-        model.save_pretrained(str(temporary))
-        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+    """Write what a run trained, then the whole model around it; return that model in eval mode.
+
+    An align run leaves a whole model, too, though only its projector is new: so any run folder can be chatted with, and
+    its captions can be looked at before the next phase begins.
+
+    Args:
+        model: as trained, unquantised and unsplit; must not be used afterwards.
+        processor: of the model.
+        save: how the whole model is written.
+        folder: of the run; gets `projector/`, `model/` and, if there are adapters, `adapter/`, each at once.
+    """
+    if has_adapters(model):
+        with write_directory_atomically(folder / "adapter") as temporary:
+            save_adapters(model, temporary)
+    with write_directory_atomically(folder / PROJECTOR_FOLDER) as temporary:
+        save_projector(trained_projector(model), fingerprints_of(model), temporary)
     return write_merged_model(folder / "model", model, processor, save)
 
 

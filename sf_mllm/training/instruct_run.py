@@ -1,25 +1,30 @@
 """Stage two from configuration to model directory, step by step."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import Trainer, set_seed
 
 from sf_mllm.data.collate import ConversationCollator
 from sf_mllm.training.arguments import make_training_arguments
+from sf_mllm.training.hub import check_repository_name, push_to_hub
 from sf_mllm.training.instruct_config import InstructConfig
 from sf_mllm.training.instruct_data import prepare_data
-from sf_mllm.training.instruct_parts import join, load_decoder, load_encoder
+from sf_mllm.training.instruct_parts import load_parts
 from sf_mllm.training.instruct_results import save_results, show_answers
 from sf_mllm.training.instruct_trainer import InstructTrainer
+from sf_mllm.training.processes import check_processes, check_strategy
 from sf_mllm.training.progress import report_progress
-from sf_mllm.training.run_folder import RunFolder
+from sf_mllm.training.quantization import refuse_split_quantized_weights
+from sf_mllm.training.run_folder import RunFolder, is_main_process
 from sf_mllm.training.split_weights import gather_trained_weights, has_split_weights, whole_weights
-from sf_mllm.vlm.adapters import PROJECTOR, add_adapters
+from sf_mllm.vlm.adapters import PROJECTOR, add_adapters, fingerprints_of, train_projector_alone
+from sf_mllm.vlm.fingerprints import Fingerprints
 from sf_mllm.vlm.processing_sf_llava import SFLlavaProcessor
+from sf_mllm.vlm.projector_files import load_projector
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +41,24 @@ def run_instruct(config: InstructConfig) -> Path:
     model_directory = run.path / "model"
     if run.is_complete and model_directory.is_dir():
         logger.info("This run is complete; set another output_dir to train anew. %s", _chat_hint(model_directory))
+        _upload(model_directory, config)
         return model_directory
+    if config.save.push_to_hub is not None:
+        check_repository_name(config.save.push_to_hub)
     arguments = make_training_arguments(config.train, run.checkpoints, config.seed)
+    check_strategy(arguments, may_split_weights=True)
+    check_processes(run, arguments)
+    if config.quantization is not None:
+        refuse_split_quantized_weights(arguments)
     with run.recording():
         with whole_weights(arguments):
             model, processor = build_model(config)
+        record_fingerprints(run, model)
         training, held_out, counts = prepare_data(config, run, processor)
         trainer = InstructTrainer(
-            projector_learning_rate=config.projector_learning_rate,
+            projector_learning_rate=(
+                arguments.learning_rate if config.projector_learning_rate is None else config.projector_learning_rate
+            ),
             model=model,
             args=arguments,
             train_dataset=training,
@@ -58,26 +73,43 @@ def run_instruct(config: InstructConfig) -> Path:
         weights = gather_trained_weights(model)
         if trainer.is_world_process_zero():
             with whole_weights(arguments):
-                if has_split_weights(model):
-                    model, _ = build_model(config)
-                    model.load_state_dict(weights, strict=False)
-                merged: Any = save_results(model, processor, config.save, run.path)
-                merged.to(arguments.device)
-                show_answers(merged, processor, held_out.conversations[:_SHOWN_ANSWERS])
+                whole = model
+                if has_split_weights(model) or config.quantization is not None:
+                    whole, _ = build_model(dataclasses.replace(config, projector=None, quantization=None))
+                    whole.load_state_dict(weights, strict=False)
+                merged: Any = save_results(whole, processor, config.save, run.path)
+                # The 4-bit decoder answers for itself: the whole one may not fit beside it.
+                answering: Any = merged.to(arguments.device) if config.quantization is None else model
+                show_answers(answering, processor, held_out.conversations[:_SHOWN_ANSWERS])
     trainer.accelerator.end_training()
     logger.info("Saved the model in %s. %s", model_directory, _chat_hint(model_directory))
+    _upload(model_directory, config)
     return model_directory
 
 
 def build_model(config: InstructConfig) -> tuple[PeftModel, SFLlavaProcessor]:
     """Load and join the parts and add what trains; the same seed gives the same start."""
-    dtype = getattr(torch, config.dtype)
-    encoder, image_processor = load_encoder(config.encoder, dtype)
-    decoder, tokenizer = load_decoder(config.decoder, dtype)
-    set_seed(config.seed)
-    model, processor = join(encoder, image_processor, decoder, tokenizer, config.chat_template)
+    model, processor = load_parts(config)
+    if config.projector is not None:
+        load_projector(model, config.projector)
+    if config.lora is None:
+        return train_projector_alone(model), processor
+    set_seed(config.seed)  # the adapters start alike whether or not a projector was drawn and replaced
     lora = config.lora
     return add_adapters(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout), processor
+
+
+def record_fingerprints(run: RunFolder, model: PeftModel) -> None:
+    """Record which parts the run trains on; a resumed run must find the same ones.
+
+    Raises:
+        InputError: another encoder, decoder or tokenizer lies where the run began with one.
+    """
+    here = fingerprints_of(model)
+    Fingerprints.from_record(run.record.get("fingerprints")).refuse_other(
+        here, owner=f"Run folder '{run.path}'", otherwise="start a new run in another output_dir"
+    )
+    run.update_record(fingerprints=here.to_record())
 
 
 def log_plan(run: RunFolder, trainer: Trainer, model: PeftModel, data: dict[str, int]) -> None:
@@ -90,7 +122,6 @@ def log_plan(run: RunFolder, trainer: Trainer, model: PeftModel, data: dict[str,
         "parameters_of_projector": sum(count for name, count in trained.items() if PROJECTOR in name),
         "parameters_of_adapters": sum(count for name, count in trained.items() if PROJECTOR not in name),
         "tokens_per_image": config.image_seq_length,
-        "encoder_sha256": config.encoder_sha256,
         "global_batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
     }
     run.update_record(**plan)
@@ -113,3 +144,8 @@ def log_plan(run: RunFolder, trainer: Trainer, model: PeftModel, data: dict[str,
 
 def _chat_hint(model_directory: Path) -> str:
     return f"Chat with it: python -m sf_mllm.cli --model {model_directory}"
+
+
+def _upload(model_directory: Path, config: InstructConfig) -> None:
+    if config.save.push_to_hub is not None and is_main_process():
+        logger.info("Uploaded to %s", push_to_hub(model_directory, config.save.push_to_hub))

@@ -1,14 +1,18 @@
-"""Which weights of an SFLlava train: low-rank adapters in the language model, the projector whole, nothing else."""
+"""Which weights of an SFLlava train: the projector whole, low-rank adapters in the language model, nothing else."""
 
 import re
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from sf_mllm.errors import InputError
+from sf_mllm.vlm.fingerprints import Fingerprints, write_fingerprints
 from sf_mllm.vlm.modeling_sf_llava import SFLlavaForConditionalGeneration
 
 # Anchored at the language model: plain suffixes would hit layers of the vision tower too. The names cover the Llama,
@@ -41,18 +45,42 @@ def add_adapters(model: SFLlavaForConditionalGeneration, *, rank: int, alpha: in
             f"The decoder, a {type(model.model.language_model).__name__}, has no layers of the names that LoRA is put "
             f"on: {LORA_TARGETS}."
         )
-    model.model.multi_modal_projector.float()  # PEFT keeps its trained copy in the dtype it finds
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=LORA_TARGETS,
-        modules_to_save=[PROJECTOR],
-        task_type="CAUSAL_LM",
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a deprecated attribute of transformers' models
-        return get_peft_model(model, config)
+    return _wrap(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS))
+
+
+def train_projector_alone(model: SFLlavaForConditionalGeneration) -> PeftModel:
+    """Freeze a model except for its projector, which is float32 from now on.
+
+    The result is PEFT's, as that of `add_adapters`, so that checkpoints hold what trains and not the frozen model.
+
+    Args:
+        model: changed in place.
+    """
+    return _wrap(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES))
+
+
+def save_adapters(model: PeftModel, directory: Path) -> None:
+    """Write adapters and projector with the fingerprints of the model that they belong to into a directory."""
+    model.save_pretrained(str(directory))
+    (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+    write_fingerprints(directory, fingerprints_of(model))
+
+
+def has_adapters(model: PeftModel) -> bool:
+    """Whether the language model has adapters, or the projector trains alone."""
+    return model.active_peft_config.target_modules != DUMMY_TARGET_MODULES
+
+
+def trained_projector(model: PeftModel) -> nn.Module:
+    """Return the projector that trains; PEFT keeps the untrained one beside it."""
+    wrapper: Any = model.get_base_model().model.multi_modal_projector
+    return wrapper.modules_to_save[model.active_adapter]
+
+
+def fingerprints_of(model: PeftModel) -> Fingerprints:
+    """Return the fingerprints of the parts that a model was joined from."""
+    base: Any = model.get_base_model()
+    return Fingerprints.from_record(base.config.fingerprints)
 
 
 def trained_parameter_groups(
@@ -78,3 +106,12 @@ def merge_adapters(model: PeftModel) -> SFLlavaForConditionalGeneration:
         merged = model.merge_and_unload()
     assert isinstance(merged, SFLlavaForConditionalGeneration)
     return merged
+
+
+def _wrap(model: SFLlavaForConditionalGeneration, config: LoraConfig) -> PeftModel:
+    model.model.multi_modal_projector.float()  # PEFT keeps its trained copy in the dtype it finds
+    config.modules_to_save = [PROJECTOR]
+    config.task_type = "CAUSAL_LM"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a deprecated attribute of transformers' models
+        return get_peft_model(model, config)

@@ -1,7 +1,6 @@
 """Join an encoder and a text-only language model into a new SFLlava, whose projector is yet to be trained."""
 
 import copy
-import hashlib
 from typing import Any
 
 import torch
@@ -14,6 +13,13 @@ from sf_mllm.constants import IMAGE_TOKEN
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.errors import InputError
 from sf_mllm.vlm.configuration_sf_llava import SFLlavaConfig
+from sf_mllm.vlm.fingerprints import (
+    Fingerprints,
+    fingerprint,
+    fingerprint_decoder,
+    fingerprint_text,
+    fingerprint_vocabulary,
+)
 from sf_mllm.vlm.modeling_sf_llava import SFLlavaForConditionalGeneration
 from sf_mllm.vlm.processing_sf_llava import SFLlavaProcessor
 
@@ -29,6 +35,7 @@ def build_sf_llava(
     *,
     chat_template: str,
     stop_token: str,
+    decoder_fingerprint: str | None = None,
 ) -> tuple[SFLlavaForConditionalGeneration, SFLlavaProcessor]:
     """Join the parts; their weights are used, not copied, and only the projector is new.
 
@@ -42,6 +49,7 @@ def build_sf_llava(
         tokenizer: the decoder's; changed in place.
         chat_template: Jinja template that takes image content (`data.chat.accept_image_content`).
         stop_token: the token with which the template ends an answer; generation stops at it.
+        decoder_fingerprint: of a decoder whose weights are quantised, taken before; None: taken here.
 
     Returns:
         The model, in the parts' dtypes, and its processor.
@@ -65,8 +73,14 @@ def build_sf_llava(
         text_config=_describe(decoder),
         image_token_index=image_token_id,
         tie_word_embeddings=decoder.config.tie_word_embeddings,
-        encoder_sha256=fingerprint(encoder),
     )
+    config.fingerprints = Fingerprints(
+        tokens_per_image=config.image_seq_length,
+        encoder=fingerprint(encoder),
+        decoder=decoder_fingerprint or fingerprint_decoder(decoder.base_model),
+        vocabulary=fingerprint_vocabulary(tokenizer),
+        chat_template=fingerprint_text(chat_template),
+    ).to_record()
     with torch.device("meta"):
         model = SFLlavaForConditionalGeneration(config)
     model.model.vision_tower = encoder
@@ -91,17 +105,6 @@ def build_sf_llava(
     return model, processor
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's weights as float32, by name in sorted order; a meta-device model has none."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.is_meta:
-            return "none: built without weights"
-        digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def cast_weights(model: SFLlavaForConditionalGeneration, dtype: torch.dtype) -> SFLlavaForConditionalGeneration:
     """Cast weights in place, except those that the model keeps in float32 (coordinates), and return the model."""
     kept = tuple(model._keep_in_fp32_modules_strict or ())
@@ -113,15 +116,21 @@ def cast_weights(model: SFLlavaForConditionalGeneration, dtype: torch.dtype) -> 
     return model
 
 
+def add_image_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer the token `<image>`, unless it has it."""
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+
+
 def _describe(part: PreTrainedModel) -> dict[str, Any]:
-    """Return a part's configuration as fields, without the path it was loaded from, which means nothing elsewhere."""
+    """Return a part's configuration as fields, without how and from where it was loaded for this run."""
     fields = part.config.to_dict()
-    fields.pop("_name_or_path", None)
+    for means_nothing_elsewhere in ("_name_or_path", "quantization_config"):
+        fields.pop(means_nothing_elsewhere, None)
     return fields
 
 
 def _add_image_token(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    add_image_token(tokenizer)
     old_rows = len(_vocabulary_tables(decoder)[0])
     if len(tokenizer) > old_rows:
         decoder.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=_ROWS_MULTIPLE_OF, mean_resizing=False)

@@ -17,7 +17,8 @@ class SFLlavaConfig(LlavaConfig):
         image_seq_length: visual tokens an image takes in the prompt; None takes the tower's number.
         vision_feature_layer: -1 only: the tokens after the tower's final norm.
         vision_feature_select_strategy: "full" only: the class token is one of the visual tokens.
-        encoder_sha256: fingerprint of the encoder the projector was made for (`vlm.build.fingerprint`).
+        fingerprints: of the encoder and the decoder in this model and of the tokenizer it was trained with
+            (`vlm.fingerprints.Fingerprints`); None where nobody recorded them.
     """
 
     model_type = "sf_llava"
@@ -25,7 +26,7 @@ class SFLlavaConfig(LlavaConfig):
     image_seq_length: int | None = None  # type: ignore[assignment]  # filled in below
     vision_feature_select_strategy: Literal["default", "full"] = "full"
     vision_feature_layer: int | list[int] = -1
-    encoder_sha256: str | None = None
+    fingerprints: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Built here, so that the tower's class does not depend on what is registered with the Auto classes.

@@ -18,6 +18,7 @@ from typing_extensions import Self
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel, SparseFormerOutput
 from sf_mllm.encoder.strict_loading import StrictLoadingMixin
 from sf_mllm.vlm.configuration_sf_llava import SFLlavaConfig
+from sf_mllm.vlm.fingerprints import Fingerprints, fingerprint, fingerprint_decoder
 
 
 class SFLlavaModel(LlavaModel):
@@ -143,3 +144,38 @@ class SFLlavaForConditionalGeneration(StrictLoadingMixin, LlavaForConditionalGen
         text_config = config.get_text_config()
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, but only weights that are complete and that belong to the configuration.
+
+        Encoder and decoder are compared with the fingerprints in `config.json`, which takes less than a second at 7B.
+        Weights that are quantised, offloaded or changed by an adapter while they are loaded cannot be compared.
+
+        Raises:
+            InputError: keys are missing, left over or of another shape, or the weights are another encoder's or
+                decoder's.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if not getattr(model, "_hf_peft_config_loaded", False):
+            Fingerprints.from_record(model.config.fingerprints).refuse_other(
+                model._fingerprint_weights(),
+                owner=f"The configuration in '{pretrained_model_name_or_path}'",
+                otherwise="copy config.json and the weights again, together",
+            )
+        return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, with the fingerprints of the weights that are saved."""
+        if self.config.fingerprints is not None:
+            weights = self._fingerprint_weights()
+            self.config.fingerprints |= {"encoder": weights.encoder, "decoder": weights.decoder}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _fingerprint_weights(self) -> Fingerprints:
+        return Fingerprints(
+            tokens_per_image=self.model.vision_tower.config.num_tokens,
+            encoder=fingerprint(self.model.vision_tower),
+            decoder=fingerprint_decoder(self.model.language_model),
+        )

@@ -14,6 +14,7 @@ from sf_mllm.training import instruct, instruct_run
 from sf_mllm.training.instruct_config import InstructConfig
 from sf_mllm.training.instruct_data import prepare_data
 from sf_mllm.training.run_folder import RunFolder
+from sf_mllm.vlm.adapters import trained_parameter_groups
 from tests.tiny_text import make_tokenizer
 from tests.tiny_vlm import make_decoder, make_encoder, make_image, make_image_processor
 
@@ -154,6 +155,7 @@ def test_the_directory_says_nothing_about_this_machine_and_generates_with_a_cach
     assert sorted(path.name for path in (folder / "adapter").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "fingerprints.json",
     ]
     for file in [*(folder / "model").glob("*.json"), *(folder / "adapter").glob("*.json")]:
         assert str(folder.parent.parent) not in file.read_text(), file
@@ -209,9 +211,7 @@ def test_a_decoder_with_missing_weights_is_refused(parts, tmp_path):
 def test_rates_are_given_to_the_right_parameters(parts, tmp_path):
     config = make_config(parts, tmp_path / "run")
     model, _ = instruct_run.build_model(config)
-    groups = instruct_run.trained_parameter_groups(
-        model, learning_rate=1.0, projector_learning_rate=2.0, weight_decay=0.5
-    )
+    groups = trained_parameter_groups(model, learning_rate=1.0, projector_learning_rate=2.0, weight_decay=0.5)
     settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert settings.keys() == {id(p) for p in trained.values()}

@@ -108,7 +108,7 @@ def test_saved_directory_loads_through_the_auto_classes(tmp_path):
         torch.testing.assert_close(again[key], batch[key], rtol=0, atol=0)
     with torch.no_grad():
         torch.testing.assert_close(loaded(**again).logits, model(**batch).logits, rtol=0, atol=0)
-    assert loaded.config.encoder_sha256 == model.config.encoder_sha256
+    assert loaded.config.fingerprints == model.config.fingerprints
     assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
     present = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= present
