@@ -18,7 +18,7 @@ from sf_mllm.training.bootstrap_task import BootstrapTask
 from sf_mllm.training.bootstrap_trainer import BootstrapTrainer
 from sf_mllm.training.feature_decoder import StudentWithDecoder
 from sf_mllm.training.model_directory import write_model_directory
-from sf_mllm.training.processes import check_deepspeed
+from sf_mllm.training.processes import check_processes, check_strategy
 from sf_mllm.training.progress import report_progress
 from sf_mllm.training.run_folder import RunFolder
 from sf_mllm.training.step_times import describe_speed
@@ -40,7 +40,8 @@ def run_bootstrap(config: BootstrapConfig) -> Path:
         logger.info("This run is complete; its encoder is %s. Set another output_dir to train anew.", encoder_directory)
         return encoder_directory
     arguments = make_training_arguments(loader_defaults(config.train), run.checkpoints, config.seed)
-    check_deepspeed(arguments)
+    check_strategy(arguments, may_split_weights=False)
+    check_processes(run, arguments)
     with run.recording():
         trainer, report = build_trainer(config, run, arguments)
         report_progress(trainer, run, describe_evaluation)

@@ -12,30 +12,45 @@ from sf_mllm.errors import InputError
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+    from sf_mllm.training.run_folder import RunFolder
 
-def check_deepspeed(arguments: "TrainingArguments") -> None:
-    """Refuse a DeepSpeed configuration under which a student would train otherwise than in one process.
 
-    Its weights must stay fp32 and autocast decide about products, as without DeepSpeed; DeepSpeed's own bf16 and fp16
-    modes would round the weights themselves, among them those that predict coordinates. Stage 3 would split weights
-    that inheriting and saving need whole.
+def describe_strategy(arguments: "TrainingArguments") -> str:
+    """Return how processes share the work: "one process", "DDP", "ZeRO-2" (or another stage) or "FSDP"."""
+    plugin = getattr(arguments, "deepspeed_plugin", None)
+    if plugin is not None:
+        return f"ZeRO-{plugin.deepspeed_config.get('zero_optimization', {}).get('stage', 0)}"
+    if arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # set by accelerate launch
+        return "FSDP"
+    return "DDP" if arguments.world_size > 1 else "one process"
+
+
+def check_strategy(arguments: "TrainingArguments", *, may_split_weights: bool) -> None:
+    """Refuse a strategy, or a DeepSpeed configuration, under which a model would train otherwise than in one process.
+
+    Weights must keep their types and autocast decide about products, as without DeepSpeed; DeepSpeed's own bf16 and
+    fp16 modes would round the weights themselves, among them those that predict coordinates.
+
+    Args:
+        arguments: of the run.
+        may_split_weights: whether the run can do with a part of each weight in each process. An encoder in the making
+            cannot: inheriting and saving need its weights whole.
 
     Raises:
-        InputError: the configuration says something else; names the one that fits.
+        InputError: it is one of those; names the configuration that fits.
     """
+    strategy = describe_strategy(arguments)
+    if strategy in ("ZeRO-3", "FSDP") and not may_split_weights:
+        raise InputError(f"{strategy} cannot train an encoder; use stage 2 of ZeRO, configs/deepspeed/zero2.json.")
     plugin = getattr(arguments, "deepspeed_plugin", None)
     if plugin is None:
         return
     settings = plugin.deepspeed_config
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if stage > 2:
-        raise InputError(
-            f"DeepSpeed ZeRO stage {stage} cannot train an encoder; use stage 2, configs/deepspeed/zero2.json."
-        )
+    shipped = f"configs/deepspeed/{'zero3' if strategy == 'ZeRO-3' else 'zero2'}.json"
     if any(settings.get(name, {}).get("enabled") for name in ("bf16", "fp16")):
         raise InputError(
             "The DeepSpeed configuration rounds the weights themselves (bf16.enabled or fp16.enabled); take "
-            "configs/deepspeed/zero2.json, whose torch_autocast rounds only products."
+            f"{shipped}, whose torch_autocast rounds only products."
         )
     autocast = settings.get("torch_autocast", {})
     dtype = autocast.get("dtype") if autocast.get("enabled") else None
@@ -44,6 +59,28 @@ def check_deepspeed(arguments: "TrainingArguments") -> None:
             f"train.bf16={str(arguments.bf16).lower()}, but the DeepSpeed configuration's torch_autocast computes in "
             f"{dtype or 'float32'}; make both the same."
         )
+
+
+def check_processes(run: "RunFolder", arguments: "TrainingArguments") -> None:
+    """Record how many processes share a run, and refuse to resume it with another number or in another way.
+
+    Each step would see other rows, since every process brings a batch of its own; random draws and the parts of
+    optimizer states belong to a process, too.
+
+    Raises:
+        InputError: the run was begun otherwise; says what to start.
+    """
+    now = {"processes": arguments.world_size, "strategy": describe_strategy(arguments)}
+    before = {name: run.record[name] for name in now if name in run.record}
+    if run.find_last_checkpoint() is not None and before and before != now:
+        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        raise InputError(
+            f"Run folder '{run.path}' holds a run with {before['processes']} processes ({before['strategy']}), which "
+            f"take {before['processes'] * batch} rows a step, and this start has {now['processes']} "
+            f"({now['strategy']}), which take {now['processes'] * batch}; start {before['processes']} processes as "
+            "before, or give another output_dir to start a new run."
+        )
+    run.update_record(**now)
 
 
 @contextmanager

@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from accelerate import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from sf_mllm.errors import InputError
 from sf_mllm.training.run_folder import is_main_process
 
 
@@ -26,6 +29,39 @@ def whole_weights(arguments: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         plugin.set_deepspeed_weakref()
+
+
+def prepare_fsdp(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> None:
+    """Let FSDP split the language model only, layer by layer, and leave precision to autocast.
+
+    The tower is small beside it. FSDP's own mixed precision would round all weights for each product, among them those
+    that predict coordinates.
+
+    Args:
+        plugin: accelerate's settings, changed in place before the model is prepared.
+        model: a PEFT model around an SFLlava.
+
+    Raises:
+        InputError: the settings cannot load or resume such a model.
+    """
+    for setting, is_unusable, instead in (
+        ("fsdp_version: 1", plugin.fsdp_version == 1, "fsdp_version: 2"),
+        (
+            f"fsdp_state_dict_type: {plugin.state_dict_type.name}",
+            plugin.state_dict_type is not StateDictType.SHARDED_STATE_DICT,  # others hang when a run resumes
+            "SHARDED_STATE_DICT",
+        ),
+        ("fsdp_cpu_ram_efficient_loading: true", plugin.cpu_ram_efficient_loading, "false"),
+    ):
+        if is_unusable:
+            raise InputError(
+                f"{setting} cannot be used here; set {instead}, as in configs/accelerate/fsdp2_8_gpus.yaml."
+            )
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    plugin.ignored_modules = r".*\.vision_tower"
+    decoder = next(module for name, module in model.named_modules() if name.endswith(".language_model"))
+    # The model's own list also names layers of towers that this one does not have, at which accelerate would stop.
+    plugin.transformer_cls_names_to_wrap = sorted(decoder._no_split_modules or ())
 
 
 def has_split_weights(model: nn.Module) -> bool:

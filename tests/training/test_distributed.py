@@ -20,7 +20,8 @@ from sf_mllm.config import load_run_config
 from sf_mllm.errors import InputError
 from sf_mllm.training.bootstrap_config import BootstrapConfig
 from sf_mllm.training.bootstrap_run import run_bootstrap
-from sf_mllm.training.processes import check_deepspeed
+from sf_mllm.training.processes import check_processes, check_strategy
+from sf_mllm.training.run_folder import RunFolder
 from sf_mllm.training.teachers import load_teacher
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -200,12 +201,19 @@ def test_a_run_compiles_student_and_teacher_once_each(run_file, tmp_path):
 
 def test_the_accelerate_configurations_are_whole():
     paths = sorted((CONFIGS / "accelerate").glob("*.yaml"))
-    assert [path.stem for path in paths] == ["ddp_2_machines", "ddp_8_gpus", "zero2_2_machines", "zero2_8_gpus"]
+    assert [path.stem for path in paths] == [
+        "ddp_2_machines",
+        "ddp_8_gpus",
+        "fsdp2_8_gpus",
+        "zero2_2_machines",
+        "zero2_8_gpus",
+        "zero3_8_gpus",
+    ]
     for path in paths:
         config = load_config_from_file(str(path))
         assert config.num_processes == 8 * config.num_machines
         values = yaml.safe_load(path.read_text())
-        if path.stem.startswith("zero2"):
+        if path.stem.startswith("zero"):
             assert (CONFIGS.parent / values["deepspeed_config"]["deepspeed_config_file"]).is_file()
         assert f"configs/accelerate/{path.name}" in path.read_text()
 
@@ -219,18 +227,52 @@ def test_the_accelerate_configurations_are_whole():
         ({"torch_autocast": {"enabled": False}}, True, "train.bf16=true, but .* computes in float32"),
         ({"bf16": {"enabled": True}}, True, "rounds the weights themselves"),
         ({"fp16": {"enabled": True}}, False, "rounds the weights themselves"),
-        ({"zero_optimization": {"stage": 3}}, True, "ZeRO stage 3 cannot train an encoder"),
+        ({"zero_optimization": {"stage": 3}}, True, "ZeRO-3 cannot train an encoder"),
     ],
 )
 def test_a_deepspeed_configuration_must_train_as_one_process_does(changes, bf16, message):
     settings = json.loads((CONFIGS / "deepspeed/zero2.json").read_text()) | changes
     arguments = SimpleNamespace(bf16=bf16, deepspeed_plugin=SimpleNamespace(deepspeed_config=settings))
     if message is None:
-        check_deepspeed(arguments)
+        check_strategy(arguments, may_split_weights=False)
     else:
         with pytest.raises(InputError, match=message):
-            check_deepspeed(arguments)
+            check_strategy(arguments, may_split_weights=False)
 
 
-def test_without_deepspeed_there_is_nothing_to_check():
-    check_deepspeed(SimpleNamespace(bf16=True, deepspeed_plugin=None))
+def test_fsdp_cannot_train_an_encoder(monkeypatch):
+    arguments = SimpleNamespace(bf16=True, deepspeed_plugin=None, fsdp=None, world_size=2)
+    check_strategy(arguments, may_split_weights=False)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="FSDP cannot train an encoder"):
+        check_strategy(arguments, may_split_weights=False)
+    check_strategy(arguments, may_split_weights=True)
+
+
+@pytest.mark.parametrize("strategy", ["DDP", "ZeRO-2"])
+def test_a_run_goes_on_with_the_processes_that_began_it(tmp_path, strategy):
+    run = RunFolder(tmp_path)
+    run.checkpoints.mkdir()
+
+    def arguments(processes):
+        plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}})
+        return SimpleNamespace(
+            world_size=processes,
+            train_batch_size=3,
+            gradient_accumulation_steps=2,
+            fsdp=None,
+            deepspeed_plugin=plugin if strategy == "ZeRO-2" else None,
+        )
+
+    check_processes(run, arguments(2))
+    check_processes(run, arguments(4))  # nothing was trained yet
+    assert run.record == {"processes": 4, "strategy": strategy}
+    (run.checkpoints / "checkpoint-1").mkdir()
+    (run.checkpoints / "checkpoint-1/trainer_state.json").write_text('{"global_step": 1}')
+    check_processes(run, arguments(4))
+    message = rf"4 processes \({strategy}\), which take 24 rows a step, and this start has 2 .* take 12; start 4 proc"
+    with pytest.raises(InputError, match=message):
+        check_processes(run, arguments(2))
+    run.update_record(strategy="FSDP")
+    with pytest.raises(InputError, match=rf"4 processes \(FSDP\).* this start has 4 \({strategy}\)"):
+        check_processes(run, arguments(4))
