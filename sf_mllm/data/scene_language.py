@@ -1,7 +1,7 @@
-"""Put scenes into words, from the attributes alone: noun phrases, relations, descriptions, captions."""
+"""Put scenes into words, from the attributes alone: noun phrases, areas, relations, descriptions."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from sf_mllm.data.scene_domains import DOMAINS, PLACES, UNIT, plural_noun
@@ -34,8 +34,27 @@ PLACE_PHRASES = {
     "bottom": "at the bottom",
     "bottom-right": "in the bottom-right corner",
 }
+AREA_PHRASES = {
+    "left half": ("in the left half", "in the left half of the image"),
+    "right half": ("in the right half", "in the right half of the image"),
+    "top half": ("in the top half", "in the upper half of the image"),
+    "bottom half": ("in the bottom half", "in the lower half of the image"),
+    "left third": ("in the left third", "in the left third of the image"),
+    "right third": ("in the right third", "in the right third of the image"),
+    "top third": ("in the top third", "in the upper third of the image"),
+    "bottom third": ("in the bottom third", "in the lower third of the image"),
+}
+"""Parts of the image larger than a place, and how they are called."""
 RELATIONS = ("left of", "right of", "above", "below", "in front of", "behind")
 """Each stands beside its opposite; those of overlapping objects come last."""
+RELATION_PHRASES = {
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above", "higher than"),
+    "below": ("below", "lower than"),
+    "in front of": ("in front of",),
+    "behind": ("behind",),
+}
 REFERRING = (
     ("shape",),
     ("color",),
@@ -46,8 +65,10 @@ REFERRING = (
     ("place",),
     ("shape", "place"),
     ("color", "place"),
+    ("texture", "shape"),
+    ("color", "texture"),
 )
-"""Sets of attributes that a phrase may name."""
+"""Sets of attributes that a phrase may name; those with a texture are for domains that have textures."""
 FULL = ("size", "color", "texture", "shape")
 
 
@@ -66,33 +87,55 @@ def objects_of(scenes: Scenes) -> list[list[SceneObject]]:
     return [[describe_slot(scene, slot) for slot in range(count)] for scene, count in enumerate(scenes.count.tolist())]
 
 
-def caption(objects: Sequence[SceneObject], rng: random.Random) -> str:
-    """Say something true about a scene: every object in full, some objects with attributes dropped, or a relation."""
-    kind = rng.choice(("full", "dropped", "relation"))
-    if kind == "relation":
-        pairs = [pair for pair in ordered_pairs(objects, rng) if relations_between(*pair)]
-        if pairs:
-            a, b = pairs[0]
-            return f"{noun_phrase(a, FULL)} {rng.choice(relations_between(a, b))} {noun_phrase(b, FULL)}"
-    if kind == "dropped":
-        some = rng.sample(list(objects), rng.randint(1, len(objects)))
-        return _join([noun_phrase(item, rng.choice(REFERRING)) for item in some])
-    return describe(objects)
-
-
 def describe(objects: Sequence[SceneObject]) -> str:
     """List every object with size, colour, shape and place, in reading order of the 3x3 places."""
-    ordered = sorted(objects, key=lambda item: (PLACES.index(item.place), item.x, item.y))
-    return _join([f"{noun_phrase(item, FULL)} {PLACE_PHRASES[item.place]}" for item in ordered])
+    return _join([noun_phrase(item, (*FULL, "place")) for item in _in_reading_order(objects)])
+
+
+def describe_briefly(objects: Sequence[SceneObject]) -> str:
+    """List every object with colour and shape, in the order of `describe`."""
+    return _join([noun_phrase(item, ("color", "shape")) for item in _in_reading_order(objects)])
 
 
 def describe_for_reading(objects: Sequence[SceneObject], rng: random.Random) -> str:
     """Return a text that stands in for the image: every question of `ask_questions` can be answered from it.
 
-    The objects come in random order, so that the reader has to look them up.
+    "Objects: small red circle top left; large blue star middle center." Each object takes the same few words in the
+    same order. The objects come in random order, so that the reader has to look them up; behind them, the pairs that
+    overlap: "small red circle top left in front of large blue star middle center".
     """
     shuffled = rng.sample(list(objects), len(objects))
-    return "The image shows " + "; ".join(f"{noun_phrase(o, FULL)} {PLACE_PHRASES[o.place]}" for o in shuffled) + "."
+    told = [_for_reading(item) for item in shuffled]
+    told += [
+        f"{_for_reading(front)} in front of {_for_reading(back)}"
+        for front, back in ordered_pairs(shuffled, rng)
+        if back.slot in front.hides
+    ]
+    return "Objects: " + "; ".join(told) + "."
+
+
+def _for_reading(item: SceneObject) -> str:
+    cell = PLACES.index(item.place)
+    words = [getattr(item, name) for name in FULL]
+    words += [("top", "middle", "bottom")[cell // 3], ("left", "center", "right")[cell % 3]]
+    return " ".join(word for word in words if word)
+
+
+def _in_reading_order(objects: Sequence[SceneObject]) -> list[SceneObject]:
+    """Sort by place; objects in one place by their words, so that a description depends on words alone."""
+    return sorted(objects, key=lambda item: (PLACES.index(item.place), noun_phrase(item, FULL)))
+
+
+def is_in_area(item: SceneObject, area: str) -> bool | None:
+    """Tell whether an object lies in an area of AREA_PHRASES; None for one in the middle third, of a half.
+
+    So the place words alone decide it.
+    """
+    side, part = area.split()
+    third = 3 * (item.x if side in ("left", "right") else item.y) // UNIT
+    if part == "half" and third == 1:
+        return None
+    return third == (0 if side in ("left", "top") else 2)
 
 
 def is_clearly(relation: str, a: SceneObject, b: SceneObject) -> bool:
@@ -124,10 +167,10 @@ def noun_phrase(item: SceneObject, attributes: Sequence[str], article: str = "a"
     return " ".join((article, *words))
 
 
-def plural(size: str | None, color: str | None, shape: str | None) -> str:
-    """Build "red circles" or "small objects"; None leaves an attribute out."""
-    noun = "objects" if shape is None else plural_noun(shape)
-    return " ".join(word for word in (size, color, noun) if word)
+def plural(conditions: Mapping[str, str]) -> str:
+    """Build "red circles" or "small striped objects" from the attributes named."""
+    noun = plural_noun(conditions["shape"]) if "shape" in conditions else "objects"
+    return " ".join([*(conditions[name] for name in ("size", "color", "texture") if name in conditions), noun])
 
 
 def _join(phrases: Sequence[str]) -> str:
@@ -141,7 +184,7 @@ def refer(
     if len(objects) == 1 and rng.random() < 0.5:
         return "the object"
     for attributes in rng.sample(REFERRING, len(REFERRING)):
-        if any(name in attributes for name in hidden):
+        if any(name in attributes for name in hidden) or ("texture" in attributes and item.texture is None):
             continue
         target = [getattr(item, name) for name in attributes]
         if sum([getattr(other, name) for name in attributes] == target for other in objects) == 1:

@@ -1,21 +1,27 @@
-"""Ask questions about scenes: each has one right answer, each type several phrasings."""
+"""Ask questions about scenes: each has one right answer, each type several forms and many phrasings."""
 
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import permutations, product
 from typing import NamedTuple
 
-from sf_mllm.data.scene_domains import COLORS, SHAPES, SIZE_ORDER, SIZES
+from sf_mllm.data.scene_domains import COLORS, SHAPES, SIZE_ORDER, SIZES, TEXTURES
 from sf_mllm.data.scene_language import (
+    AREA_PHRASES,
+    RELATION_PHRASES,
     RELATIONS,
     SceneObject,
     describe,
+    describe_briefly,
+    is_in_area,
     noun_phrase,
     ordered_pairs,
     plural,
     refer,
     relations_between,
 )
+from sf_mllm.data.scene_phrasings import phrase
 
 
 class SceneQuestion(NamedTuple):
@@ -26,102 +32,44 @@ class SceneQuestion(NamedTuple):
     answer: str
 
 
-_PHRASINGS = {
-    "color": (
-        "What color is {a}?",
-        "What is the color of {a}?",
-        "Which color does {a} have?",
-        "Name the color of {a}.",
-    ),
-    "shape": (
-        "What shape is {a}?",
-        "What is the shape of {a}?",
-        "Which shape does {a} have?",
-        "Name the shape of {a}.",
-    ),
-    "size": ("What size is {a}?", "What is the size of {a}?", "Which size does {a} have?", "How big is {a}?"),
-    "count": (
-        "How many {a} are there?",
-        "How many {a} do you see?",
-        "What is the number of {a}?",
-        "Count the {a}.",
-    ),
-    "existence": (
-        "Is there {a}?",
-        "Do you see {a}?",
-        "Can you see {a} in the image?",
-        "Does the image show {a}?",
-    ),
-    "position": (
-        "Where is {a}?",
-        "Where in the image is {a}?",
-        "What is the position of {a}?",
-        "In which part of the image is {a}?",
-    ),
-    "relation": (
-        "Is {a} {r} {b}?",
-        "Do you see {a} {r} {b}?",
-        "Is it true that {a} is {r} {b}?",
-        "Can {a} be found {r} {b}?",
-    ),
-    "relation_horizontal": (
-        "Is {a} to the left or to the right of {b}?",
-        "Is {a} left or right of {b}?",
-        "Seen from {b}, is {a} left or right?",
-        "On which side of {b} is {a}, left or right?",
-    ),
-    "relation_vertical": (
-        "Is {a} above or below {b}?",
-        "Seen from {b}, is {a} above or below?",
-        "Does {a} lie above or below {b}?",
-        "Where is {a}, above or below {b}?",
-    ),
-    "comparison": (
-        "Do {a} and {b} have the same {k}?",
-        "Is the {k} of {a} the same as that of {b}?",
-        "Are {a} and {b} equal in {k}?",
-        "Does {a} have the same {k} as {b}?",
-    ),
-    "comparison_count": (
-        "Are there more {a} than {b}?",
-        "Do you see more {a} than {b}?",
-        "Is the number of {a} larger than that of {b}?",
-        "Does the image show more {a} than {b}?",
-    ),
-    "comparison_size": (
-        "Is {a} bigger than {b}?",
-        "Is {a} larger than {b}?",
-        "Is {b} smaller than {a}?",
-        "Does {a} have a larger size than {b}?",
-    ),
-    "description": (
-        "Describe the image.",
-        "What do you see?",
-        "What is in the image?",
-        "Give a short description of the image.",
-    ),
-}
+Objects = Sequence[SceneObject]
+Ask = Callable[[Objects, random.Random], SceneQuestion | None]
+"""Asks one question, or None where the scene allows none of the form that was drawn."""
+
+_VALUES = {"size": SIZES, "color": COLORS, "shape": SHAPES, "texture": TEXTURES}
+_COUNT_CONDITIONS = ((), ("color",), ("shape",), ("size",), ("size", "color"), ("size", "shape"), ("color", "shape"))
+_EXISTENCE_CONDITIONS = (("color",), ("shape",), ("size", "shape"), ("color", "shape"), ("size", "color", "shape"))
+_COMPARED = ("color", "shape", "size")
+_ALL_SAME = tuple((kind, name) for kind in _COMPARED for name in (None, *_COMPARED) if kind != name)
+"""Attribute that may be the same, and the one that makes the group (all objects if None)."""
+_AREA_SHARE = 0.3  # of the questions of a type that may ask about a part of the image
+# How often "yes" is asked for, in forms where scenes allow "no" more often: so that half of what is asked is "yes".
+_YES_WANTED = {"all_same": 0.57, "area": 0.55, "equal": 0.55, "existence_area": 0.6, "more": 0.54, "same": 0.55}
 
 
-def ask_questions(objects: Sequence[SceneObject], rng: random.Random, count: int) -> list[SceneQuestion]:
+def ask_questions(
+    objects: Objects, rng: random.Random, count: int, types: Sequence[str] | None = None
+) -> list[SceneQuestion]:
     """Ask up to `count` different questions, of types drawn evenly; none is ambiguous.
 
     Args:
         objects: of one scene, at least one.
         rng: decides types, objects and phrasing.
         count: questions wanted; a scene that allows fewer different ones gives fewer.
+        types: to draw from, each QUESTION_TYPES if None; a type that stands there twice comes twice as often.
 
     Returns:
         Questions with answers of one or two lower-case words, apart from descriptions.
     """
+    types = QUESTION_TYPES if types is None else types
     questions: dict[str, SceneQuestion] = {}
-    types: list[str] = []
+    waiting: list[str] = []
     for _ in range(4 * count):
         if len(questions) == count:
             break
-        if not types:
-            types = rng.sample(QUESTION_TYPES, len(QUESTION_TYPES))
-        asked = _ASK[types.pop()](objects, rng)
+        if not waiting:
+            waiting = rng.sample(types, len(types))
+        asked = _ASK[waiting.pop()](objects, rng)
         if asked is not None:
             questions.setdefault(asked.question, asked)
     return list(questions.values())
@@ -139,118 +87,217 @@ def majority_baseline(questions: Iterable[SceneQuestion]) -> dict[str, tuple[str
     return result
 
 
+def _question(rng: random.Random, form: str, answer: str, **parts: str) -> SceneQuestion:
+    return SceneQuestion(form.split("_")[0], phrase(rng, form, **parts), answer)
+
+
 def _yes(is_true: bool) -> str:
     return "yes" if is_true else "no"
 
 
-def _phrase(rng: random.Random, key: str, **parts: str | None) -> str:
-    return rng.choice(_PHRASINGS[key]).format(**parts)
-
-
-def _ask_attribute(kind: str) -> Callable[[Sequence[SceneObject], random.Random], SceneQuestion | None]:
-    def ask(objects: Sequence[SceneObject], rng: random.Random) -> SceneQuestion | None:
-        attribute = "place" if kind == "position" else kind
-        for item in rng.sample(list(objects), len(objects)):
-            phrase = refer(item, objects, rng, hidden=(attribute,))
-            if phrase is not None:
-                return SceneQuestion(kind, _phrase(rng, kind, a=phrase), getattr(item, attribute))
+def _ask_attribute(kind: str) -> Ask:
+    def ask(objects: Objects, rng: random.Random) -> SceneQuestion | None:
+        for item, name in _named(objects, rng, hidden=kind):
+            return _question(rng, kind, getattr(item, kind), a=name)
         return None
 
     return ask
 
 
-def _ask_count(objects: Sequence[SceneObject], rng: random.Random) -> SceneQuestion:
-    attributes: tuple[str, ...] = rng.choice(
-        ((), ("color",), ("shape",), ("size",), ("color", "shape"), ("size", "color"))
-    )
-    conditions = {name: getattr(rng.choice(objects), name) for name in attributes}  # from two objects: may be none
-    if conditions and rng.random() < 0.1:
-        conditions[attributes[0]] = rng.choice({"color": COLORS, "shape": SHAPES, "size": SIZES}[attributes[0]])
-    number = sum(all(getattr(item, name) == value for name, value in conditions.items()) for item in objects)
-    group = plural(conditions.get("size"), conditions.get("color"), conditions.get("shape"))
-    return SceneQuestion("count", _phrase(rng, "count", a=group), str(number))
+def _named(objects: Objects, rng: random.Random, hidden: str) -> Iterable[tuple[SceneObject, str]]:
+    """Yield objects in random order with a phrase for each that does not name the hidden attribute."""
+    for item in rng.sample(list(objects), len(objects)):
+        name = refer(item, objects, rng, hidden=(hidden,))
+        if name is not None:
+            yield item, name
 
 
-def _ask_existence(objects: Sequence[SceneObject], rng: random.Random) -> SceneQuestion | None:
-    attributes = rng.choice(
-        (("color",), ("shape",), ("color", "shape"), ("color", "shape"), ("size", "color", "shape"))
-    )
-    answer = rng.random() < 0.5
-    seen = {tuple(getattr(item, name) for name in attributes) for item in objects}
-    item = rng.choice(objects)
-    for _ in range(8):
-        if answer or tuple(getattr(item, name) for name in attributes) not in seen:
-            return SceneQuestion("existence", _phrase(rng, "existence", a=noun_phrase(item, attributes)), _yes(answer))
-        # Near misses: attributes of different objects put together, or one of them changed.
-        values = {name: getattr(rng.choice(objects), name) for name in attributes}
-        if rng.random() < 0.5:
-            name = rng.choice(attributes)
-            values[name] = rng.choice({"color": COLORS, "shape": SHAPES, "size": SIZES}[name])
-        item = item._replace(**values)
+def _ask_position(objects: Objects, rng: random.Random) -> SceneQuestion | None:
+    asks_area, wanted = rng.random() < 2 * _AREA_SHARE, rng.random() < _YES_WANTED["area"]
+    for item, name in _named(objects, rng, hidden="place"):
+        if not asks_area:
+            return _question(rng, "position", item.place, a=name)
+        sides = [area for area in AREA_PHRASES if area.endswith("half") and is_in_area(item, area)]
+        if sides and rng.random() < 0.5:
+            side = rng.choice(sides).split()[0]
+            form = "position_horizontal" if side in ("left", "right") else "position_vertical"
+            return _question(rng, form, side, a=name)
+        areas = [area for area in AREA_PHRASES if is_in_area(item, area) is wanted]
+        if areas:
+            where = rng.choice(AREA_PHRASES[rng.choice(areas)])
+            return _question(rng, "position_area", _yes(wanted), a=name, w=where)
     return None
 
 
-def _ask_relation(objects: Sequence[SceneObject], rng: random.Random) -> SceneQuestion | None:
+def _ask_count(objects: Objects, rng: random.Random) -> SceneQuestion | None:
+    area = _draw_area(rng)
+    by_number = defaultdict(list)
+    for attributes in rng.sample(_COUNT_CONDITIONS, 3):
+        for conditions in _conditions(objects, rng, attributes):
+            number = _count(objects, conditions, area)
+            if number is not None:
+                by_number[number].append(conditions)
+    if not by_number:
+        return None
+    # Most groups have one member or none: so the larger a number that the scene offers, the likelier.
+    number = rng.choices(list(by_number), [1 + offered for offered in by_number])[0]
+    group = plural(rng.choice(by_number[number]))
+    if area is None:
+        return _question(rng, "count", str(number), g=group)
+    return _question(rng, "count_area", str(number), g=group, w=rng.choice(AREA_PHRASES[area]))
+
+
+def _ask_existence(objects: Objects, rng: random.Random) -> SceneQuestion | None:
+    area = _draw_area(rng)
+    wanted = rng.random() < (0.46 if area is None else _YES_WANTED["existence_area"])
+    attributes = rng.choice(_EXISTENCE_CONDITIONS)
+    fitting = [
+        conditions
+        for conditions in _conditions(objects, rng, attributes)
+        if (number := _count(objects, conditions, area)) is not None and (number > 0) == wanted
+    ]
+    if not fitting:
+        return None
+    conditions = rng.choice(fitting)
+    parts = {"a": noun_phrase(objects[0]._replace(**conditions), tuple(conditions)), "g": plural(conditions)}  # type: ignore[arg-type]
+    if area is None:
+        return _question(rng, "existence", _yes(wanted), **parts)
+    return _question(rng, "existence_area", _yes(wanted), w=rng.choice(AREA_PHRASES[area]), **parts)
+
+
+def _draw_area(rng: random.Random) -> str | None:
+    return rng.choice(list(AREA_PHRASES)) if rng.random() < _AREA_SHARE else None
+
+
+def _conditions(objects: Objects, rng: random.Random, attributes: Sequence[str]) -> list[dict[str, str]]:
+    """Combine the values that the scene shows, and one that it may not show, of the attributes.
+
+    In a domain with textures one of the attributes may give way to it.
+    """
+    if objects[0].texture is not None and attributes and rng.random() < 0.3:
+        attributes = [*attributes[:-1], "texture"]
+    values = []
+    for name in attributes:
+        shown = sorted({getattr(item, name) for item in objects})
+        values.append(dict.fromkeys([*shown, rng.choice(_VALUES[name])]))
+    return [dict(zip(attributes, combination, strict=True)) for combination in product(*values)]
+
+
+def _fits(item: SceneObject, conditions: Mapping[str, str]) -> bool:
+    return all(getattr(item, name) == value for name, value in conditions.items())
+
+
+def _count(objects: Objects, conditions: Mapping[str, str], area: str | None = None) -> int | None:
+    """Count the objects that fit, in an area; None where one of them is neither clearly inside nor outside."""
+    fitting = [item for item in objects if _fits(item, conditions)]
+    if area is None:
+        return len(fitting)
+    inside = [is_in_area(item, area) for item in fitting]
+    return None if None in inside else sum(map(bool, inside))
+
+
+def _ask_relation(objects: Objects, rng: random.Random) -> SceneQuestion | None:
     for a, b in ordered_pairs(objects, rng):
         relations = relations_between(a, b)
         if not relations:
             continue
         # Place words would give the answer away.
-        phrase_a, phrase_b = refer(a, objects, rng, hidden=("place",)), refer(b, objects, rng, hidden=("place",))
-        if phrase_a is None or phrase_b is None:
+        names = [refer(item, objects, rng, hidden=("place",)) for item in (a, b)]
+        if names[0] is None or names[1] is None:
             continue
+        parts = {"a": names[0], "b": names[1]}
         relation = rng.choice(relations)
         is_spatial = relation in RELATIONS[:4]
-        if rng.random() < 0.5 and is_spatial:
-            key = "relation_horizontal" if relation in ("left of", "right of") else "relation_vertical"
-            return SceneQuestion("relation", _phrase(rng, key, a=phrase_a, b=phrase_b), relation.split()[0])
+        if rng.random() < 0.4 and is_spatial:
+            form = "relation_horizontal" if relation in ("left of", "right of") else "relation_vertical"
+            return _question(rng, form, relation.split()[0], **parts)
         answer = rng.random() < 0.5
         if not answer:
             relation = RELATIONS[RELATIONS.index(relation) ^ 1]  # the opposite one
-        return SceneQuestion("relation", _phrase(rng, "relation", a=phrase_a, b=phrase_b, r=relation), _yes(answer))
+        return _question(rng, "relation", _yes(answer), r=rng.choice(RELATION_PHRASES[relation]), **parts)
     return None
 
 
-def _ask_comparison(objects: Sequence[SceneObject], rng: random.Random) -> SceneQuestion | None:
-    form = rng.choice(("same", "size", "count"))
-    want = rng.random() < 0.5
-    if form == "count":
-        name, values = rng.choice((("color", COLORS), ("shape", SHAPES)))
-        counts = Counter(getattr(item, name) for item in objects)
-        first, second = rng.choice(list(counts)), rng.choice(values)
-        if first == second:
-            return None
-        if (counts[first] > counts[second]) != want:
-            first, second = second, first
-        groups = [plural(None, **{"color": None, "shape": None, name: value}) for value in (first, second)]
-        question = _phrase(rng, "comparison_count", a=groups[0], b=groups[1])
-        return SceneQuestion("comparison", question, _yes(counts[first] > counts[second]))
-    kind = rng.choice(("color", "shape", "size")) if form == "same" else "size"
+def _ask_comparison(objects: Objects, rng: random.Random) -> SceneQuestion | None:
+    for compare in rng.sample((_compare_attribute, _compare_sizes, _compare_counts, _compare_all), 4):
+        asked = compare(objects, rng)
+        if asked is not None:
+            return asked
+    return None
+
+
+def _compare_attribute(objects: Objects, rng: random.Random) -> SceneQuestion | None:
+    kind, wanted = rng.choice(_COMPARED), rng.random() < _YES_WANTED["same"]
     for a, b in ordered_pairs(objects, rng):
-        if form == "same":
-            answer = getattr(a, kind) == getattr(b, kind)
-        else:
-            answer = SIZE_ORDER.index(a.size) > SIZE_ORDER.index(b.size)
-        if answer != want or (form == "size" and a.size == b.size):
-            continue
-        phrase_a, phrase_b = refer(a, objects, rng, hidden=(kind,)), refer(b, objects, rng, hidden=(kind,))
-        if phrase_a is not None and phrase_b is not None:
-            key = "comparison" if form == "same" else "comparison_size"
-            return SceneQuestion("comparison", _phrase(rng, key, a=phrase_a, b=phrase_b, k=kind), _yes(answer))
+        if (getattr(a, kind) == getattr(b, kind)) == wanted:
+            names = [refer(item, objects, rng, hidden=(kind,)) for item in (a, b)]
+            if names[0] is not None and names[1] is not None:
+                return _question(rng, "comparison_same", _yes(wanted), a=names[0], b=names[1], k=kind)
     return None
 
 
-def _ask_description(objects: Sequence[SceneObject], rng: random.Random) -> SceneQuestion:
-    return SceneQuestion("description", _phrase(rng, "description"), describe(objects))
+def _compare_sizes(objects: Objects, rng: random.Random) -> SceneQuestion | None:
+    """Compare two objects of different sizes; those of one size may differ by a pixel."""
+    asks_which, wanted = rng.random() < 0.5, rng.random() < 0.5
+    hidden = ("size", "place") if asks_which else ("size",)  # an answer repeats a phrase, which has to be short
+    for a, b in ordered_pairs(objects, rng):
+        if a.size == b.size or (SIZE_ORDER.index(a.size) > SIZE_ORDER.index(b.size)) != wanted:
+            continue
+        names = [refer(item, objects, rng, hidden=hidden) for item in (a, b)]
+        if names[0] is None or names[1] is None:
+            continue
+        if asks_which:
+            larger = (names[0] if wanted else names[1]).removeprefix("the ")
+            return _question(rng, "comparison_which_larger", larger, a=names[0], b=names[1])
+        return _question(rng, "comparison_larger", _yes(wanted), a=names[0], b=names[1])
+    return None
 
 
-_ASK: dict[str, Callable[[Sequence[SceneObject], random.Random], SceneQuestion | None]] = {
+def _compare_counts(objects: Objects, rng: random.Random) -> SceneQuestion | None:
+    form = rng.choice(("more", "equal", "which_more"))
+    wanted = rng.random() < _YES_WANTED.get(form, 0.5)
+    for attribute in rng.sample(_COMPARED, len(_COMPARED)):
+        numbers = {plural(group): _count(objects, group) or 0 for group in _conditions(objects, rng, (attribute,))}
+        pairs = []
+        for first, second in permutations(numbers, 2):
+            difference = numbers[first] - numbers[second]
+            fits = {"more": (difference > 0) == wanted, "equal": (difference == 0) == wanted}
+            if fits.get(form, difference != 0) and numbers[first] + numbers[second] > 0:
+                pairs.append((first, second))
+        if pairs:
+            first, second = rng.choice(pairs)
+            answer = max(first, second, key=numbers.__getitem__) if form == "which_more" else _yes(wanted)
+            return _question(rng, f"comparison_{form}", answer, g=first, h=second)
+    return None
+
+
+def _compare_all(objects: Objects, rng: random.Random) -> SceneQuestion | None:
+    """Ask whether a group of two or more agrees in an attribute."""
+    wanted = rng.random() < _YES_WANTED["all_same"]
+    for kind, name in rng.sample(_ALL_SAME, len(_ALL_SAME)):
+        groups = []
+        for conditions in _conditions(objects, rng, (name,) if name else ()):
+            values = [getattr(item, kind) for item in objects if _fits(item, conditions)]
+            if len(values) > 1 and (len(set(values)) == 1) == wanted:
+                groups.append(plural(conditions))
+        if groups:
+            return _question(rng, "comparison_all_same", _yes(wanted), g=rng.choice(groups), k=kind)
+    return None
+
+
+def _ask_description(objects: Objects, rng: random.Random) -> SceneQuestion:
+    if rng.random() < 0.5:
+        return _question(rng, "description_short", describe_briefly(objects))
+    return _question(rng, "description", describe(objects))
+
+
+_ASK: dict[str, Ask] = {
     "color": _ask_attribute("color"),
     "shape": _ask_attribute("shape"),
     "size": _ask_attribute("size"),
     "count": _ask_count,
     "existence": _ask_existence,
-    "position": _ask_attribute("position"),
+    "position": _ask_position,
     "relation": _ask_relation,
     "comparison": _ask_comparison,
     "description": _ask_description,

@@ -1,8 +1,9 @@
 """The built-in data set: procedural scenes as an image folder with conversations in LLaVA JSON.
 
 The parts: `scene_domains` names what there is, `scene_sampling` draws attributes, `scene_render` pixels,
-`scene_language` descriptions, `scene_questions` questions and answers, `scene_captions` captions as tensors. This
-module exports them, so that a demo goes through the same readers as a user's own data.
+`scene_language` descriptions, `scene_questions` questions and answers in the words of `scene_phrasings`,
+`scene_captions` captions as tensors. This module exports them, so that a demo goes through the same readers as a user's
+own data.
 Command: `python -m sf_mllm.data.scenes OUT --count N`.
 """
 
@@ -25,7 +26,7 @@ from sf_mllm.errors import CommandLineParser, InputError, report_input_errors
 IMAGE_FOLDER = "images"
 CONVERSATIONS_FILE = "instructions.json"
 REQUEST_FILE = "scenes.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when the same request would give other scenes or texts, so that old exports are not taken for new ones."""
 
 _CHUNK = 32  # scenes drawn at once
