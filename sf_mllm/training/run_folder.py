@@ -40,8 +40,8 @@ from sf_mllm.training.environment import describe_device, describe_revision, des
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-_KEYS_FREE_TO_CHANGE = ("output_dir",)
-"""The folder may be moved, or named by another relative path, between two starts."""
+_KEYS_FREE_TO_CHANGE = ("output_dir", "save.push_to_hub")
+"""Between two starts the folder may be moved or named by another relative path, and an upload be asked for."""
 
 
 @dataclass

@@ -87,3 +87,32 @@ def run_file(tmp_path, clip_directory, image_folder):
     path.write_text(yaml.safe_dump(values))
     os.environ.pop("RANK", None)
     return path
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """Encoder, decoder and conversations of a tiny run of stage two."""
+    from tests.training.tiny_instruct import save_parts
+
+    folder = tmp_path_factory.mktemp("parts")
+    save_parts(folder)
+    return folder
+
+
+@pytest.fixture
+def kill_after_step(monkeypatch):
+    """A function that makes every run of stage two from now on die after a step; after None, none."""
+    from sf_mllm.training import instruct_run
+    from tests.training.tiny_instruct import KillAfterStep
+
+    original = instruct_run.report_progress
+
+    def kill(step):
+        def report_and_kill(trainer, run):
+            original(trainer, run)
+            if step is not None:
+                trainer.add_callback(KillAfterStep(step))
+
+        monkeypatch.setattr(instruct_run, "report_progress", report_and_kill)
+
+    return kill
