@@ -1,11 +1,10 @@
-"""Merging step by step: find the adapter and what it was trained on, join, fold in, write."""
+"""Merging step by step: find what a run trained and the parts it was trained on, join, fold in, write."""
 
 import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 
@@ -14,14 +13,18 @@ from sf_mllm.encoder.strict_loading import list_some
 from sf_mllm.errors import InputError, first_line
 from sf_mllm.training.hub import check_repository_name, push_to_hub
 from sf_mllm.training.instruct_config import InstructConfig, SaveConfig
-from sf_mllm.training.instruct_parts import join, load_decoder, load_encoder
+from sf_mllm.training.instruct_parts import load_parts
 from sf_mllm.training.instruct_results import write_merged_model
 from sf_mllm.training.run_folder import RunFolder
+from sf_mllm.vlm.adapters import train_projector_alone
+from sf_mllm.vlm.fingerprints import FINGERPRINTS_FILE, Fingerprints, read_fingerprints
 from sf_mllm.vlm.modeling_sf_llava import SFLlavaForConditionalGeneration
+from sf_mllm.vlm.projector_files import PROJECTOR_FOLDER, load_projector
 
 logger = logging.getLogger(__name__)
 
 _ADAPTER_CONFIG = "adapter_config.json"
+_RUN_CONFIG = "config.yaml"
 
 
 @dataclass
@@ -63,79 +66,99 @@ def run_merge(request: MergeRequest) -> Path:
         raise InputError(f"'{output}' exists already; give a directory that is yet to be made.")
     if request.push_to_hub is not None:
         check_repository_name(request.push_to_hub)
-    adapter, run = find_adapter(Path(request.source))
-    config = _configure(request, adapter, run)
-
-    dtype = getattr(torch, config.dtype)
-    encoder, image_processor = load_encoder(config.encoder, dtype)
-    decoder, tokenizer = load_decoder(config.decoder, dtype)
-    base, processor = join(encoder, image_processor, decoder, tokenizer, config.chat_template)
-    model = load_adapter(base, adapter)
+    trained, run = find_trained(Path(request.source))
+    config = _configure(request, trained, run)
+    base, processor = load_parts(config)
+    if (trained / _ADAPTER_CONFIG).is_file():
+        model = load_adapter(base, trained, run)
+    else:
+        load_projector(base, trained)
+        model = train_projector_alone(base)
     write_merged_model(output, model, processor, config.save)
-    logger.info("Merged '%s' into '%s'. Chat with it: python -m sf_mllm.cli --model %s", adapter, output, output)
+    logger.info("Merged '%s' into '%s'. Chat with it: python -m sf_mllm.cli --model %s", trained, output, output)
     if request.push_to_hub is not None:
         logger.info("Uploaded to %s", push_to_hub(output, request.push_to_hub))
     return output
 
 
-def find_adapter(source: Path) -> tuple[Path, RunFolder | None]:
-    """Return the directory of an adapter, and the run folder that it lies in, if it lies in one.
+def find_trained(source: Path) -> tuple[Path, RunFolder | None]:
+    """Return the directory with what was trained, and the run folder that it lies in, if it lies in one.
+
+    That is an adapter, with the projector in it, or the projector of a run without adapters.
 
     Raises:
-        InputError: there is no adapter.
+        InputError: there is neither.
     """
     if not source.is_dir():
         raise InputError(f"Adapter directory '{source}' does not exist; give a run folder of stage two or an adapter.")
-    adapter = next((path for path in (source, source / "adapter") if (path / _ADAPTER_CONFIG).is_file()), None)
-    if adapter is None:
-        checkpoints = sorted(path.parent for path in source.glob(f"checkpoints/checkpoint-*/{_ADAPTER_CONFIG}"))
-        hint = f"give a checkpoint of it, such as {checkpoints[-1]}" if checkpoints else "is its run finished?"
+    directories = [path for path in (source, source / "adapter") if (path / _ADAPTER_CONFIG).is_file()]
+    if (source / _RUN_CONFIG).is_file() and (source / PROJECTOR_FOLDER).is_dir():
+        directories.append(source / PROJECTOR_FOLDER)
+    if not directories:
+        checkpoints = [path.parent for path in source.glob(f"checkpoints/checkpoint-*/{_ADAPTER_CONFIG}")]
+        newest = max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
+        hint = f"give a checkpoint of it, such as {newest}" if newest else "is its run finished?"
         raise InputError(f"'{source}' holds no adapter ({_ADAPTER_CONFIG}); {hint}.")
-    resolved = adapter.resolve()
-    for folder in (resolved, *resolved.parents[:2]):
-        if (folder / "config.yaml").is_file():
-            return adapter, RunFolder(folder)
-    return adapter, None
+    resolved = directories[0].resolve()
+    for folder in resolved.parents[:2]:
+        if (folder / _RUN_CONFIG).is_file():
+            return directories[0], RunFolder(folder)
+    return directories[0], None
 
 
-def load_adapter(base: SFLlavaForConditionalGeneration, adapter: Path) -> PeftModel:
+def load_adapter(base: SFLlavaForConditionalGeneration, adapter: Path, run: RunFolder | None) -> PeftModel:
     """Put a trained adapter on the model it was trained on; `base` is changed in place.
 
+    Args:
+        base: encoder and decoder, joined anew.
+        adapter: a run's adapter or one of its checkpoints.
+        run: which says what a checkpoint belongs to.
+
     Raises:
-        InputError: the adapter is damaged or does not fit; names the weights.
+        InputError: the adapter belongs to other parts, is damaged or is incomplete.
     """
+    if run is not None and not (adapter / FINGERPRINTS_FILE).is_file():
+        recorded = Fingerprints.from_record(run.record.get("fingerprints"))
+    else:
+        recorded = read_fingerprints(adapter)
+    recorded.refuse_other(
+        Fingerprints.from_record(base.config.fingerprints),
+        owner=f"The adapter in '{adapter}'",
+        otherwise="train another adapter on these parts",
+    )
     base.model.multi_modal_projector.float()  # trained in float32, and PEFT keeps its copy in the dtype it finds
     try:
         model = get_peft_model(base, PeftConfig.from_pretrained(str(adapter)))
         weights = load_peft_weights(str(adapter), device="cpu")
     except Exception as error:  # a broken file makes the readers stumble in many ways
-        raise InputError(f"Adapter in '{adapter}' cannot be loaded: {first_line(error)}.") from error
+        raise InputError(f"The adapter in '{adapter}' cannot be loaded: {first_line(error)}.") from error
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     misfits = expected.keys() ^ weights.keys() | {
         name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape
     }
     if misfits:
         raise InputError(
-            f"Adapter in '{adapter}' was trained on another model: {len(misfits)} weights differ in name or shape "
-            f"({list_some(misfits)}); give the encoder and the decoder that it was trained with."
+            f"The adapter in '{adapter}' is not complete: {len(misfits)} weights are missing, left over or of another "
+            f"shape ({list_some(misfits)}); copy the whole directory again."
         )
     set_peft_model_state_dict(model, weights)
     return model
 
 
-def _configure(request: MergeRequest, adapter: Path, run: RunFolder | None) -> InstructConfig:
-    """Return the configuration of the adapter's run with the requested changes."""
+def _configure(request: MergeRequest, trained: Path, run: RunFolder | None) -> InstructConfig:
+    """Return the configuration of the run with the requested changes and an unquantised decoder."""
     parts = {name: getattr(request, name) for name in ("encoder", "decoder", "chat_template")}
-    save = {name: getattr(request, name) for name in ("dtype", "max_shard_size", "remote_code")}
+    written = {name: getattr(request, name) for name in ("dtype", "max_shard_size", "remote_code")}
     given = {name: value for name, value in parts.items() if value is not None}
-    given_save = {name: value for name, value in save.items() if value is not None}
+    given_save = {name: value for name, value in written.items() if value is not None}
     if run is not None:
         config = load_run_config(InstructConfig, run.config_file)
-        return dataclasses.replace(config, **given, save=dataclasses.replace(config.save, **given_save))
+        save = dataclasses.replace(config.save, **given_save)
+        return dataclasses.replace(config, **given, quantization=None, save=save)
     missing = {"encoder", "decoder"} - given.keys()
     if missing:
         raise InputError(
-            f"Adapter '{adapter}' lies in no run folder that says what it was trained on; "
+            f"'{trained}' lies in no run folder that says what it was trained on; "
             f"give {' and '.join(f'--{name}' for name in sorted(missing))}."
         )
     return InstructConfig(output_dir=request.output, **given, save=SaveConfig(**given_save))

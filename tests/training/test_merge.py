@@ -10,14 +10,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sf_mllm import SFLlavaForConditionalGeneration, register_auto_classes
-from sf_mllm.config import dump_run_config
+from sf_mllm.config import dump_run_config, load_run_config
 from sf_mllm.inference.loading import load_model
-from sf_mllm.training import merge, merge_run
+from sf_mllm.training import instruct_run, merge, merge_run
 from sf_mllm.training.instruct_config import InstructConfig, SaveConfig
-from sf_mllm.training.instruct_parts import join, load_decoder, load_encoder
-from sf_mllm.training.instruct_results import write_merged_model
+from sf_mllm.training.instruct_parts import load_parts
+from sf_mllm.training.instruct_results import save_results, write_merged_model
 from sf_mllm.training.model_directory import write_model_directory
-from sf_mllm.vlm.adapters import add_adapters
+from sf_mllm.training.run_folder import RunFolder
+from sf_mllm.vlm.adapters import add_adapters, fingerprints_of, save_adapters, trained_projector
 from tests.tiny_text import make_tokenizer
 from tests.tiny_vlm import make_decoder, make_encoder, make_image, make_image_processor
 
@@ -30,9 +31,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def load_base(folder):
-    return join(
-        *load_encoder(str(folder / "encoder"), torch.float32), *load_decoder(str(folder / "decoder"), torch.float32)
-    )
+    return load_parts(InstructConfig(output_dir="", encoder=str(folder / "encoder"), decoder=str(folder / "decoder")))
 
 
 def adapted_model(folder, seed):
@@ -71,7 +70,8 @@ def run(parts, tmp_path_factory):
     dump_run_config(config, folder / "config.yaml")
     adapted_model(parts, seed=1)[0].save_pretrained(folder / "checkpoints" / "checkpoint-2")
     model, processor = adapted_model(parts, seed=2)
-    model.save_pretrained(folder / "adapter")
+    RunFolder(folder).update_record(fingerprints=fingerprints_of(model).to_record())
+    save_adapters(model, folder / "adapter")
     write_merged_model(folder / "model", model, processor, save)
     return folder
 
@@ -207,22 +207,47 @@ def test_what_cannot_be_merged_is_said_in_one_sentence(parts, run, tmp_path, cap
     assert not out.exists()
 
 
-def test_an_adapter_of_another_model_or_a_damaged_one_is_refused(parts, run, tmp_path, capsys):
-    out = tmp_path / "out"
+def test_parts_that_an_adapter_was_not_trained_on_are_refused(parts, run, tmp_path, capsys):
     tokenizer = make_tokenizer()
-    make_decoder("qwen2", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "deeper")
-    tokenizer.save_pretrained(tmp_path / "deeper")
-    config = json.loads((tmp_path / "deeper" / "config.json").read_text())
-    weights = load_file(tmp_path / "deeper" / "model.safetensors")
-    (tmp_path / "deeper" / "config.json").write_text(
-        json.dumps(config | {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]})
-    )
-    kept = {name: weight for name, weight in weights.items() if ".layers.1." not in name}
-    save_file(kept, tmp_path / "deeper" / "model.safetensors", {"format": "pt"})
-    error = refusal(capsys, run, out, "--decoder", tmp_path / "deeper")
-    assert "was trained on another model" in error
+    make_decoder("qwen2", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "decoder")
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    make_encoder(num_latents=7).save_pretrained(tmp_path / "encoder")
+    make_image_processor().save_pretrained(tmp_path / "encoder")
+    for source in (run, run / "checkpoints" / "checkpoint-2"):
+        error = refusal(capsys, source, tmp_path / "out", "--decoder", tmp_path / "decoder")
+        assert "belongs to another decoder (fingerprint " in error
+        error = refusal(capsys, source, tmp_path / "out", "--encoder", tmp_path / "encoder")
+        assert "belongs to an encoder of 6 tokens an image, and the one here gives 8" in error
+    assert not (tmp_path / "out").exists()
 
+
+def test_a_damaged_adapter_is_refused(run, tmp_path, capsys):
     damaged = shutil.copytree(run, tmp_path / "damaged")
-    (damaged / "adapter" / "adapter_model.safetensors").write_bytes(b"")
-    assert "cannot be loaded" in refusal(capsys, damaged, out)
-    assert not out.exists()
+    file = damaged / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    lost = next(iter(sorted(weights)))
+    save_file({name: weight for name, weight in weights.items() if name != lost}, file, {"format": "pt"})
+    error = refusal(capsys, damaged, tmp_path / "out")
+    assert "is not complete: 1 weights are missing" in error and lost in error
+    file.write_bytes(b"")
+    assert "cannot be loaded" in refusal(capsys, damaged, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_projector_of_a_run_without_adapters_is_merged(parts, run, tmp_path):
+    align = tmp_path / "align"
+    align.mkdir()
+    config = load_run_config(InstructConfig, run / "config.yaml", ["lora=null", "save.max_shard_size=5GB"])
+    dump_run_config(config, align / "config.yaml")
+    model, processor = instruct_run.build_model(config)
+    projector = trained_projector(model)
+    for parameter in projector.parameters():
+        parameter.data += 0.1
+    expected = {name: parameter.clone() for name, parameter in projector.state_dict().items()}
+    save_results(model, processor, config.save, align)
+    assert merge.main([str(align), str(tmp_path / "out")]) == 0
+    left = {path.name: path.read_bytes() for path in (align / "model").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == left
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in expected.items():
+        assert torch.equal(weights[f"model.multi_modal_projector.{name}"], weight), name
