@@ -47,6 +47,7 @@ ENTRY_POINTS = (
     "sf_mllm.training.reinforce",
     "sf_mllm.training.report",
     "sf_mllm.training.instruct",
+    "sf_mllm.training.check_data",
     "sf_mllm.training.merge",
     "sf_mllm.data.scenes",
 )

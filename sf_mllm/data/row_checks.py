@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import time
+import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from enum import IntEnum
@@ -109,7 +110,7 @@ class RowChecks:
         try:
             with np.load(path) as arrays:
                 rows, text = arrays["rows"], json.loads(arrays["text"].tobytes())
-        except (OSError, ValueError, KeyError):
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             return None
         if text["key"] != key or rows.dtype != CHECK_FIELDS:
             return None

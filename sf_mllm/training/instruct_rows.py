@@ -20,6 +20,7 @@ from sf_mllm.training.instruct_sources import SCENES, SourceSettings, parse_sour
 
 logger = logging.getLogger(__name__)
 
+_SCENES_LICENCE = "MIT, drawn by this program"
 _SHOWN_PROBLEMS = 3
 _MAX_PROCESSES = 16  # each takes about a GiB of memory, and a container may see more cores than it may use
 _SCENES_PER_PROCESS = 2000  # fewer are drawn sooner than another process starts
@@ -41,7 +42,10 @@ class RunConversations:
     def licences(self) -> list[str]:
         """What is known about the licence of each source."""
         pairs = zip(self.settings, self.source.sources, strict=True)
-        return [setting.licence or source.licence or "not stated" for setting, source in pairs]
+        return [
+            setting.licence or source.licence or (_SCENES_LICENCE if setting.conversations == SCENES else "not stated")
+            for setting, source in pairs
+        ]
 
     def source_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the number of the source of each of some rows, [rows]."""

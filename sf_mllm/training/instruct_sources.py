@@ -65,4 +65,7 @@ def _parse_entry(entry: Any, number: int, image_root: str | None) -> SourceSetti
         raise InputError(
             f"{where}.weight must be a number above 0, got {weight!r}; leave the source out to not use it."
         )
-    return SourceSettings(**{"image_root": image_root, **entry, "weight": float(weight)})
+    root = entry.get("image_root")
+    return SourceSettings(
+        entry["conversations"], image_root if root is None else root, float(weight), entry.get("licence")
+    )
