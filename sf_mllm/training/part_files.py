@@ -63,13 +63,24 @@ def find_decoder(name_or_path: str) -> str:
     """Return the directory or hub id of a decoder.
 
     Raises:
-        InputError: it is a path where no directory is.
+        InputError: it is a path where no directory is, or a directory whose model reads images already.
     """
     source = resolve_demo(name_or_path)
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise InputError(
             f"Decoder directory '{source}' does not exist; give a directory or a hub id such as owner/name."
         )
+    config_file = Path(source) / "config.json"
+    if config_file.is_file():
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"Decoder '{source}' cannot be loaded: {first_line(error)}.") from error
+        if "vision_config" in config:
+            raise InputError(
+                f"Decoder directory '{source}' holds a '{config.get('model_type')}' model, which reads images already; "
+                "give the text-only language model that is to learn it."
+            )
     return source
 
 

@@ -46,7 +46,7 @@ class Fingerprints:
     def from_record(cls, record: dict[str, Any] | None) -> Self:
         """Read what `to_record` gave; entries of other versions are left out, missing ones are unknown."""
         known = {entry.name for entry in fields(cls)}
-        return cls(**{name: value for name, value in (record or {}).items() if name in known})
+        return cls() if record is None else cls(**{name: record[name] for name in record.keys() & known})
 
     def to_record(self) -> dict[str, Any]:
         """Return plain values for a JSON file."""

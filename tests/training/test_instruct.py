@@ -142,6 +142,7 @@ def test_rates_are_given_to_the_right_parameters(parts, tmp_path):
         ({"encoder": "{parts}/decoder"}, "holds a 'llama' model, which is no SparseFormer"),
         ({"decoder": "{parts}/encoder"}, "Decoder '.*' cannot be loaded: "),
         ({"decoder": "./nowhere"}, "Decoder directory './nowhere' does not exist"),
+        ({"decoder": "demo:sf_llava"}, "holds a 'sf_llava' model, which reads images already; give the text-only"),
         (
             {"data.max_length": 20},
             r"12 of 12 conversations cannot be trained on \(12 no answer within max_length\): row 0 of '.*rows.json' "
