@@ -15,6 +15,7 @@ from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.strict_loading import refuse_misfit
 from sf_mllm.errors import InputError, first_line, nearest
 from sf_mllm.registration import register_auto_classes
+from sf_mllm.vlm.fingerprints import Fingerprints, fingerprint_text, fingerprint_vocabulary
 
 DEVICE_TYPES = ("cuda", "mps", "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,6 +77,7 @@ def load_model(
         ) from error
     if not processor.chat_template:
         raise InputError(f"Model directory '{directory}' has no chat template (chat_template.jinja); copy it again.")
+    _check_tokenizer(model.config, processor, directory)
     return model.to(torch_device).eval(), processor
 
 
@@ -155,6 +157,20 @@ def _check_config(directory: Path) -> None:
         raise InputError(f"'{directory}' is a vision encoder and cannot answer; {_MAKE_ONE} from it.")
     if not hasattr(config, "vision_config"):
         raise InputError(f"'{directory}' holds a '{config.model_type}' model, which does not read images; {_MAKE_ONE}.")
+
+
+def _check_tokenizer(config: Any, processor: Any, directory: Path) -> None:
+    """Refuse a tokenizer, template or number of visual tokens that the model was not trained with, where it says so."""
+    record = getattr(config, "fingerprints", None)
+    if record is not None:
+        here = Fingerprints(
+            tokens_per_image=processor.image_seq_length,
+            vocabulary=fingerprint_vocabulary(processor.tokenizer),
+            chat_template=fingerprint_text(processor.chat_template),
+        )
+        Fingerprints.from_record(record).refuse_other(
+            here, owner=f"The model in '{directory}'", otherwise="copy the whole directory again"
+        )
 
 
 def _check_files(directory: Path) -> None:

@@ -117,6 +117,26 @@ def test_missing_and_unknown_weights(directory):
     assert "model.extra.weight" in refusal(directory)
 
 
+def test_a_tokenizer_or_template_of_another_model(directory):
+    template = directory / "chat_template.jinja"
+    before = template.read_text()
+    template.write_text(before + "{# changed #}")
+    assert "belongs to another chat template (fingerprint " in refusal(directory)
+    template.write_text(before)
+    load_model(directory, device="cpu")
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(directory)
+    assert "belongs to another tokenizer (fingerprint " in refusal(directory)
+
+
+def test_another_number_of_visual_tokens(directory):
+    settings = json.loads((directory / "processor_config.json").read_text())
+    (directory / "processor_config.json").write_text(json.dumps(settings | {"image_seq_length": 576}))
+    assert "belongs to an encoder of 6 tokens an image, and the one here gives 576" in refusal(directory)
+
+
 def test_strictness_holds_for_models_of_others_too(tmp_path):
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
