@@ -2,9 +2,9 @@
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import permutations, product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sf_mllm.data.scene_domains import COLORS, SHAPES, SIZE_ORDER, SIZES, TEXTURES
 from sf_mllm.data.scene_language import (
@@ -33,6 +33,8 @@ class SceneQuestion(NamedTuple):
 
 
 Objects = Sequence[SceneObject]
+Group = tuple[tuple[str, str], ...]
+"""Attributes and values that objects have in common."""
 Ask = Callable[[Objects, random.Random], SceneQuestion | None]
 """Asks one question, or None where the scene allows none of the form that was drawn."""
 
@@ -44,7 +46,15 @@ _ALL_SAME = tuple((kind, name) for kind in _COMPARED for name in (None, *_COMPAR
 """Attribute that may be the same, and the one that makes the group (all objects if None)."""
 _AREA_SHARE = 0.3  # of the questions of a type that may ask about a part of the image
 # How often "yes" is asked for, in forms where scenes allow "no" more often: so that half of what is asked is "yes".
-_YES_WANTED = {"all_same": 0.57, "area": 0.55, "equal": 0.55, "existence_area": 0.6, "more": 0.54, "same": 0.55}
+_YES_WANTED = {
+    "all_same": 0.57,
+    "equal": 0.55,
+    "existence": 0.46,
+    "existence_area": 0.6,
+    "more": 0.54,
+    "position_area": 0.55,
+    "same": 0.55,
+}
 
 
 def ask_questions(
@@ -88,7 +98,10 @@ def majority_baseline(questions: Iterable[SceneQuestion]) -> dict[str, tuple[str
 
 
 def _question(rng: random.Random, form: str, answer: str, **parts: str) -> SceneQuestion:
-    return SceneQuestion(form.split("_")[0], phrase(rng, form, **parts), answer)
+    kind = form.split("_")[0]
+    if "w" in parts:
+        form = f"{kind}_area"
+    return SceneQuestion(kind, phrase(rng, form, **parts), answer)
 
 
 def _yes(is_true: bool) -> str:
@@ -113,7 +126,7 @@ def _named(objects: Objects, rng: random.Random, hidden: str) -> Iterable[tuple[
 
 
 def _ask_position(objects: Objects, rng: random.Random) -> SceneQuestion | None:
-    asks_area, wanted = rng.random() < 2 * _AREA_SHARE, rng.random() < _YES_WANTED["area"]
+    asks_area, wanted = rng.random() < 2 * _AREA_SHARE, rng.random() < _YES_WANTED["position_area"]
     for item, name in _named(objects, rng, hidden="place"):
         if not asks_area:
             return _question(rng, "position", item.place, a=name)
@@ -124,75 +137,75 @@ def _ask_position(objects: Objects, rng: random.Random) -> SceneQuestion | None:
             return _question(rng, form, side, a=name)
         areas = [area for area in AREA_PHRASES if is_in_area(item, area) is wanted]
         if areas:
-            where = rng.choice(AREA_PHRASES[rng.choice(areas)])
-            return _question(rng, "position_area", _yes(wanted), a=name, w=where)
+            return _question(rng, "position", _yes(wanted), a=name, **_where(rng, rng.choice(areas)))
     return None
 
 
 def _ask_count(objects: Objects, rng: random.Random) -> SceneQuestion | None:
     area = _draw_area(rng)
-    by_number = defaultdict(list)
+    by_number: dict[int, list[Group]] = defaultdict(list)
     for attributes in rng.sample(_COUNT_CONDITIONS, 3):
-        for conditions in _conditions(objects, rng, attributes):
-            number = _count(objects, conditions, area)
+        for group, members in _groups(objects, rng, attributes):
+            number = _count(members, area)
             if number is not None:
-                by_number[number].append(conditions)
+                by_number[number].append(group)
     if not by_number:
         return None
     # Most groups have one member or none: so the larger a number that the scene offers, the likelier.
     number = rng.choices(list(by_number), [1 + offered for offered in by_number])[0]
-    group = plural(rng.choice(by_number[number]))
-    if area is None:
-        return _question(rng, "count", str(number), g=group)
-    return _question(rng, "count_area", str(number), g=group, w=rng.choice(AREA_PHRASES[area]))
+    parts = {"g": plural(dict(rng.choice(by_number[number])))}
+    return _question(rng, "count", str(number), **parts, **_where(rng, area))
 
 
 def _ask_existence(objects: Objects, rng: random.Random) -> SceneQuestion | None:
     area = _draw_area(rng)
-    wanted = rng.random() < (0.46 if area is None else _YES_WANTED["existence_area"])
-    attributes = rng.choice(_EXISTENCE_CONDITIONS)
-    fitting = [
-        conditions
-        for conditions in _conditions(objects, rng, attributes)
-        if (number := _count(objects, conditions, area)) is not None and (number > 0) == wanted
-    ]
+    wanted = rng.random() < _YES_WANTED["existence" if area is None else "existence_area"]
+    fitting = []
+    for group, members in _groups(objects, rng, rng.choice(_EXISTENCE_CONDITIONS)):
+        number = _count(members, area)
+        if number is not None and (number > 0) == wanted:
+            fitting.append(group)
     if not fitting:
         return None
-    conditions = rng.choice(fitting)
-    parts = {"a": noun_phrase(objects[0]._replace(**conditions), tuple(conditions)), "g": plural(conditions)}  # type: ignore[arg-type]
-    if area is None:
-        return _question(rng, "existence", _yes(wanted), **parts)
-    return _question(rng, "existence_area", _yes(wanted), w=rng.choice(AREA_PHRASES[area]), **parts)
+    conditions: dict[str, Any] = dict(rng.choice(fitting))
+    parts = {"a": noun_phrase(objects[0]._replace(**conditions), tuple(conditions)), "g": plural(conditions)}
+    return _question(rng, "existence", _yes(wanted), **parts, **_where(rng, area))
 
 
 def _draw_area(rng: random.Random) -> str | None:
     return rng.choice(list(AREA_PHRASES)) if rng.random() < _AREA_SHARE else None
 
 
-def _conditions(objects: Objects, rng: random.Random, attributes: Sequence[str]) -> list[dict[str, str]]:
-    """Combine the values that the scene shows, and one that it may not show, of the attributes.
+def _where(rng: random.Random, area: str | None) -> dict[str, str]:
+    return {} if area is None else {"w": rng.choice(AREA_PHRASES[area])}
+
+
+def _groups(
+    objects: Objects, rng: random.Random, attributes: Sequence[str]
+) -> Iterator[tuple[Group, list[SceneObject]]]:
+    """Combine the values that the scene shows, and one that it may not show; yield each group with its members.
 
     In a domain with textures one of the attributes may give way to it.
     """
     if objects[0].texture is not None and attributes and rng.random() < 0.3:
         attributes = [*attributes[:-1], "texture"]
-    values = []
-    for name in attributes:
-        shown = sorted({getattr(item, name) for item in objects})
-        values.append(dict.fromkeys([*shown, rng.choice(_VALUES[name])]))
-    return [dict(zip(attributes, combination, strict=True)) for combination in product(*values)]
+    members = defaultdict(list)
+    for item in objects:
+        members[tuple([getattr(item, name) for name in attributes])].append(item)
+    shown = [sorted(set(values)) for values in zip(*members, strict=True)]
+    for name, values in zip(attributes, shown, strict=False):  # without attributes nothing is shown
+        other = rng.choice(_VALUES[name])
+        if other not in values:
+            values.append(other)
+    for combination in product(*shown):
+        yield tuple(zip(attributes, combination, strict=True)), members.get(combination, [])
 
 
-def _fits(item: SceneObject, conditions: Mapping[str, str]) -> bool:
-    return all(getattr(item, name) == value for name, value in conditions.items())
-
-
-def _count(objects: Objects, conditions: Mapping[str, str], area: str | None = None) -> int | None:
-    """Count the objects that fit, in an area; None where one of them is neither clearly inside nor outside."""
-    fitting = [item for item in objects if _fits(item, conditions)]
+def _count(members: Objects, area: str | None) -> int | None:
+    """Count objects in an area; None where one of them is neither clearly inside nor outside."""
     if area is None:
-        return len(fitting)
-    inside = [is_in_area(item, area) for item in fitting]
+        return len(members)
+    inside = [is_in_area(item, area) for item in members]
     return None if None in inside else sum(map(bool, inside))
 
 
@@ -257,7 +270,7 @@ def _compare_counts(objects: Objects, rng: random.Random) -> SceneQuestion | Non
     form = rng.choice(("more", "equal", "which_more"))
     wanted = rng.random() < _YES_WANTED.get(form, 0.5)
     for attribute in rng.sample(_COMPARED, len(_COMPARED)):
-        numbers = {plural(group): _count(objects, group) or 0 for group in _conditions(objects, rng, (attribute,))}
+        numbers = {plural(dict(group)): len(members) for group, members in _groups(objects, rng, (attribute,))}
         pairs = []
         for first, second in permutations(numbers, 2):
             difference = numbers[first] - numbers[second]
@@ -275,13 +288,13 @@ def _compare_all(objects: Objects, rng: random.Random) -> SceneQuestion | None:
     """Ask whether a group of two or more agrees in an attribute."""
     wanted = rng.random() < _YES_WANTED["all_same"]
     for kind, name in rng.sample(_ALL_SAME, len(_ALL_SAME)):
-        groups = []
-        for conditions in _conditions(objects, rng, (name,) if name else ()):
-            values = [getattr(item, kind) for item in objects if _fits(item, conditions)]
-            if len(values) > 1 and (len(set(values)) == 1) == wanted:
-                groups.append(plural(conditions))
+        groups = [
+            group
+            for group, members in _groups(objects, rng, (name,) if name else ())
+            if len(members) > 1 and (len({getattr(item, kind) for item in members}) == 1) == wanted
+        ]
         if groups:
-            return _question(rng, "comparison_all_same", _yes(wanted), g=rng.choice(groups), k=kind)
+            return _question(rng, "comparison_all_same", _yes(wanted), g=plural(dict(rng.choice(groups))), k=kind)
     return None
 
 
