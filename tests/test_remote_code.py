@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -58,6 +59,10 @@ for name, directory in given["models"].items():
         and type(model.config.vision_config) is type(model.model.vision_tower.config)
         and type(model.model) is type(AutoModel.from_pretrained(directory, **trust)),
     }
+from_hub = AutoModelForImageTextToText.from_pretrained("someone/tiny", **trust)
+with torch.no_grad():
+    found["hub"] = from_hub(**AutoProcessor.from_pretrained("someone/tiny", **trust)(
+        images=given["images"], text=given["prompts"]["tiny"], padding=True, return_tensors="pt")).logits
 model.save_pretrained(given["resaved"])
 processor.save_pretrained(given["resaved"])
 again = AutoModelForImageTextToText.from_pretrained(given["resaved"], **trust)
@@ -118,7 +123,16 @@ def stranger(directories):
         "resaved": str(directories / "resaved"),
     }
     torch.save(given, directories / "given.pt")
-    environment = os.environ | {"HF_MODULES_CACHE": str(directories / "cache"), "HF_HUB_OFFLINE": "1"}
+    # As the hub library keeps a repository that it fetched.
+    repository, commit = directories / "hub" / "models--someone--tiny", "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(directories / "tiny", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    environment = os.environ | {
+        "HF_MODULES_CACHE": str(directories / "modules"),
+        "HF_HUB_CACHE": str(directories / "hub"),
+        "HF_HUB_OFFLINE": "1",
+    }
     arguments = [str(directories / "given.pt"), str(directories / "found.pt")]
     result = subprocess.run(
         [sys.executable, "-c", STRANGER, *arguments],
@@ -162,6 +176,10 @@ def test_a_stranger_gets_the_same_inputs_logits_and_answers(stranger, directorie
 
 def test_no_configuration_exists_as_two_classes(stranger):
     assert stranger["tiny"]["one_class"] and stranger["demo"]["one_class"]
+
+
+def test_a_repository_on_the_hub_loads_as_a_directory_does(stranger):
+    assert torch.equal(stranger["hub"], stranger["tiny"]["logits"])
 
 
 def test_what_a_stranger_saves_loads_for_strangers_and_here(stranger, directories):
