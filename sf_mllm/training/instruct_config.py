@@ -31,9 +31,9 @@ class DataConfig:
     """Number of built-in scenes to draw, held-out ones included."""
     max_length: int = 2048
     """Tokens of a conversation, visual ones included; a longer one loses its end."""
-    held_out: int = 16
+    held_out: int | None = None
     """Conversations kept out of training, for a loss and a few answers at the end; drawn from all sources by the seed,
-    from each as often as training sees it."""
+    from each as often as training sees it; null: 16, or a tenth of fewer than 160."""
     seed: int = 0
     """Which rows are held out, which a weight leaves out, and the built-in scenes."""
 
@@ -127,10 +127,11 @@ class InstructConfig:
                 "projector is all that trains; set train.learning_rate instead."
             )
         rate = 0.0 if self.projector_learning_rate is None else self.projector_learning_rate
+        held_out = self.data.held_out
         for key, number, is_valid, bounds in (
             ("data.max_length", self.data.max_length, self.data.max_length >= 2, "at least 2"),
             ("data.scenes_count", self.data.scenes_count, self.data.scenes_count >= 1, "at least 1"),
-            ("data.held_out", self.data.held_out, self.data.held_out >= 1, "at least 1"),
+            ("data.held_out", held_out, held_out is None or held_out >= 1, "at least 1"),
             ("projector_learning_rate", rate, rate >= 0, "at least 0"),
             ("data.seed", self.data.seed, 0 <= self.data.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
             ("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),

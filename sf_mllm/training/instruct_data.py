@@ -145,4 +145,9 @@ def _write_dropped(path: Path, conversations: RunConversations, checks: RowCheck
         path.unlink(missing_ok=True)
         return
     write_text_atomically(path, "".join(lines))
-    logger.warning("%d conversations cannot be used and are left out; %s lists them.", len(lines), path)
+    logger.warning(
+        "%d of %d conversations cannot be used and are left out; %s lists them.",
+        len(lines),
+        len(conversations.source),
+        path,
+    )

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from sf_mllm.data.conversation_sources import JoinedConversations
 from sf_mllm.data.conversation_specs import open_conversations
 from sf_mllm.data.mixtures import draw_rows
-from sf_mllm.data.row_checks import RowChecks, check_rows
+from sf_mllm.data.row_checks import Problem, RowChecks, check_rows
 from sf_mllm.errors import InputError
 from sf_mllm.training.instruct_config import InstructConfig
 from sf_mllm.training.instruct_sources import SCENES, SourceSettings, parse_sources
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _SCENES_LICENCE = "MIT, drawn by this program"
 _SHOWN_PROBLEMS = 3
+_HELD_OUT = 16
 _MAX_PROCESSES = 16  # each takes about a GiB of memory, and a container may see more cores than it may use
 _SCENES_PER_PROCESS = 2000  # fewer are drawn sooner than another process starts
 
@@ -84,10 +85,11 @@ def plan_rows(config: InstructConfig, conversations: RunConversations, checks: R
     Raises:
         InputError: some rows cannot be used and are not to be dropped, or too few can.
     """
-    source, held_out = conversations.source, config.data.held_out
+    source = conversations.source
     if checks.reasons and not config.data.drop_unusable:
         raise InputError(_describe_refusal(source, checks))
     usable = np.flatnonzero(checks.usable)
+    held_out = _count_held_out(config.data.held_out, len(usable))
     source_of = conversations.source_of(usable)
     for number, part in enumerate(source.sources):
         if number not in source_of:
@@ -165,12 +167,18 @@ def draw_scenes(folder: Path, config: InstructConfig) -> tuple[str, str]:
     return str(folder / scenes.CONVERSATIONS_FILE), str(folder / scenes.IMAGE_FOLDER)
 
 
+def _count_held_out(wanted: int | None, num_rows: int) -> int:
+    return max(1, min(_HELD_OUT, num_rows // 10)) if wanted is None else wanted
+
+
 def _describe_refusal(source: JoinedConversations, checks: RowChecks) -> str:
     rows = sorted(checks.reasons)
-    counts = ", ".join(f"{count} {problem}" for problem, count in checks.count_problems().items())
-    shown = "; ".join(f"{source.place(row)} {checks.reasons[row]}" for row in rows[:_SHOWN_PROBLEMS])
+    counts = checks.count_problems()
+    listed = ", ".join(f"{count} {problem}" for problem, count in counts.items())
+    shown = "; ".join(f"{source.place(row)}: {checks.reasons[row]}" for row in rows[:_SHOWN_PROBLEMS])
     more = f"; and {len(rows) - _SHOWN_PROBLEMS} more" if len(rows) > _SHOWN_PROBLEMS else ""
+    longer = "raise data.max_length, " if {Problem.NO_ANSWER.words, Problem.CUT_IMAGE.words} & counts.keys() else ""
     return (
-        f"{len(rows)} of {len(source)} conversations cannot be trained on ({counts}): {shown}{more}. Mend or remove "
-        "them, raise data.max_length where it cuts them off, or leave them out with data.drop_unusable=true."
+        f"{len(rows)} of {len(source)} conversations cannot be trained on ({listed}); mend or remove them, {longer}or "
+        f"leave them out with data.drop_unusable=true: {shown}{more}."
     )

@@ -105,7 +105,7 @@ def test_what_is_wrong_is_counted_for_each_source(write, capsys, tmp_path):
     assert "Rows that cannot be used:\n  row 1 of '" in out
     verdict = out.splitlines()[-1]
     assert verdict.startswith("Training would refuse this data: 4 of 11 conversations cannot be trained on (")
-    assert verdict.endswith("or leave them out with data.drop_unusable=true.")
+    assert "; mend or remove them, raise data.max_length, or leave them out with data.drop_unusable=true: " in verdict
 
 
 def test_rows_that_are_to_be_dropped_are_no_reason_to_refuse(write, capsys):
@@ -158,4 +158,4 @@ def test_the_demo_is_checked_by_name(tmp_path):
     result = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "An image is 49 tokens; max_length is 320." in result.stdout
-    assert "4 rows an epoch, 16 held out." in result.stdout
+    assert "18 rows an epoch, 2 held out." in result.stdout

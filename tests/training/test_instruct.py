@@ -145,8 +145,9 @@ def test_rates_are_given_to_the_right_parameters(parts, tmp_path):
         ({"decoder": "demo:sf_llava"}, "holds a 'sf_llava' model, which reads images already; give the text-only"),
         (
             {"data.max_length": 20},
-            r"12 of 12 conversations cannot be trained on \(12 no answer within max_length\): row 0 of '.*rows.json' "
-            r"it has \d+ tokens, of which max_length=20 keeps none of an answer; row 1 .*; and 9 more\. Mend or remove",
+            r"12 of 12 conversations cannot be trained on \(12 no answer within max_length\); mend .*, raise "
+            r"data.max_length, .*: row 0 of '.*rows.json': it has \d+ tokens, of which max_length=20 keeps none of an "
+            r"answer; row 1 .*; and 9 more",
         ),
         ({"data.held_out": 12}, "holds 12 conversations and data.held_out=12"),
         ({"data.conversations": "gone.json"}, "Instruction file 'gone.json' does not exist"),

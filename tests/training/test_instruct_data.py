@@ -121,10 +121,9 @@ def test_unusable_rows_are_refused_or_dropped_and_listed(tmp_path, write, proces
     with pytest.raises(InputError) as caught:
         prepare(tmp_path, processor, path)
     assert str(caught.value) == (
-        f"2 of 10 conversations cannot be trained on (1 malformed, 1 missing image): row 1 of '{path}' its image "
-        f"'{tmp_path}/gone.png' does not exist; row 2 of '{path}' turns must alternate human, gpt and end with gpt, "
-        "but they are user. Mend or remove them, raise data.max_length where it cuts them off, or leave them out with "
-        "data.drop_unusable=true."
+        "2 of 10 conversations cannot be trained on (1 malformed, 1 missing image); mend or remove them, or leave them "
+        f"out with data.drop_unusable=true: row 1 of '{path}': its image '{tmp_path}/gone.png' does not exist; "
+        f"row 2 of '{path}': turns must alternate human, gpt and end with gpt, but they are user."
     )
 
     (training, held_out, counts), run = prepare(tmp_path, processor, path, drop_unusable=True)
@@ -138,7 +137,7 @@ def test_unusable_rows_are_refused_or_dropped_and_listed(tmp_path, write, proces
     assert all(row["source"] == path for row in dropped) and "broken.png' is damaged" in dropped[2]["reason"]
     assert run.record["data"]["dropped"] == {"malformed": 1, "missing image": 1, "damaged image": 1}
     assert counts["rows"] == 7
-    assert "3 conversations cannot be used and are left out" in caplog.text
+    assert "3 of 10 conversations cannot be used and are left out" in caplog.text
 
 
 def test_a_resumed_run_uses_what_the_first_start_found(tmp_path, write, processor, monkeypatch):
@@ -184,6 +183,13 @@ def test_copies_of_a_held_out_row_are_not_trained_on(tmp_path, write, processor)
     (training, held_out, _), _ = prepare(tmp_path, processor, sources)
     assert not set(ids(held_out)) & set(ids(training))
     assert len(set(ids(training))) == 10 - len(set(ids(held_out)))
+
+
+@pytest.mark.parametrize(("num_rows", "expected"), [(3, 1), (20, 2), (400, 16)])
+def test_by_default_few_rows_give_few_held_out_ones(tmp_path, write, processor, num_rows, expected):
+    write("stars", range(num_rows))
+    (training, held_out, _), _ = prepare(tmp_path, processor, str(tmp_path / "stars.json"), held_out=None)
+    assert (len(training), len(held_out)) == (num_rows - expected, expected)
 
 
 @pytest.mark.parametrize(
@@ -247,3 +253,7 @@ def test_sources_that_mean_nothing_are_refused(value, reason):
 def test_the_configuration_refuses_them_at_once(tmp_path):
     with pytest.raises(InputError, match=r"weight must be a number above 0, got -1"):
         open_run(tmp_path, [{"conversations": "a.json", "weight": -1}])
+    with pytest.raises(InputError, match=r"data\.held_out must be at least 1, got 0"):
+        open_run(tmp_path, "a.json", held_out=0)
+    with pytest.raises(InputError, match=r"leaves required keys without a value: data\.conversations"):
+        open_run(tmp_path, "???")
