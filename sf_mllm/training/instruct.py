@@ -14,8 +14,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, train, return the exit status."""
     parser = CommandLineParser(
         prog="python -m sf_mllm.training.instruct",
-        description="Join a SparseFormer encoder and a language model: train the projector and LoRA adapters on "
-        "conversations about images. The same command again resumes a run that was interrupted.",
+        description="Join a SparseFormer encoder and a language model: train the projector, alone or with LoRA "
+        "adapters, on conversations about images. The same command again resumes a run that was interrupted.",
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="run configuration, see configs/finetune/")
     parser.add_argument(

@@ -37,8 +37,8 @@ class SFLlavaConfig(LlavaConfig):
             if kind != SparseFormerConfig.model_type:
                 many = f", which gives {self.image_seq_length} tokens an image" if self.image_seq_length else ""
                 raise InputError(
-                    f"vision_config must describe a SparseFormer, got a '{kind}'{many}; load such a checkpoint with the "
-                    "class that its own model_type names, or train a projector for a SparseFormer."
+                    f"vision_config must describe a SparseFormer, got a '{kind}'{many}; load such a checkpoint with "
+                    "the class that its own model_type names, or train a projector for a SparseFormer."
                 )
             self.vision_config = SparseFormerConfig(**self.vision_config)
         if self.image_seq_length is None:

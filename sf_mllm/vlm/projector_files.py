@@ -33,12 +33,12 @@ def load_projector(model: SFLlavaForConditionalGeneration, path: str | Path) -> 
 
     Args:
         model: of the same encoder, decoder, tokenizer and chat template; changed in place.
-        path: folder of the run, or the folder `projector` in it.
+        path: as for `find_projector`.
 
     Raises:
         InputError: there is no projector, it belongs to other parts (says which), or it is damaged.
     """
-    directory = _locate(Path(path), model.config)
+    directory = find_projector(path)
     read_fingerprints(directory).refuse_other(
         Fingerprints.from_record(model.config.fingerprints),
         owner=f"The projector in '{directory}'",
@@ -50,7 +50,16 @@ def load_projector(model: SFLlavaForConditionalGeneration, path: str | Path) -> 
         raise InputError(f"The projector in '{directory}' cannot be loaded: {first_line(error)}.") from error
 
 
-def _locate(path: Path, config: SFLlavaConfig) -> Path:
+def find_projector(path: str | Path) -> Path:
+    """Return the directory of a projector.
+
+    Args:
+        path: the directory itself, or the folder of the run that wrote it.
+
+    Raises:
+        InputError: there is none; says what there is instead.
+    """
+    path = Path(path)
     if not path.is_dir():
         raise InputError(f"Projector directory '{path}' does not exist; {_MAKE_ONE}.")
     for directory in (path, path / PROJECTOR_FOLDER):
@@ -59,11 +68,11 @@ def _locate(path: Path, config: SFLlavaConfig) -> Path:
     if (path / "config.yaml").is_file():
         raise InputError(f"Run folder '{path}' has no projector yet; finish that run first: give its command again.")
     if (path / "config.json").is_file():
-        raise InputError(f"'{path}' holds {_describe_model(path, config)}; {_MAKE_ONE}.")
+        raise InputError(f"'{path}' holds {_describe_model(path)}; {_MAKE_ONE}.")
     raise InputError(f"'{path}' holds no projector ({_WEIGHTS}); {_MAKE_ONE}.")
 
 
-def _describe_model(path: Path, config: SFLlavaConfig) -> str:
+def _describe_model(path: Path) -> str:
     """Say why a directory with a whole model in it is no projector to go on with."""
     try:
         fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -73,7 +82,4 @@ def _describe_model(path: Path, config: SFLlavaConfig) -> str:
     if kind == SFLlavaConfig.model_type:
         return "a whole model; its projector lies in the run folder above it"
     many = f" of {tokens} tokens an image" if tokens else ""
-    return (
-        f"a '{kind}' model{many}, whose projector reads another vision encoder and does not fit this one of "
-        f"{config.image_seq_length} tokens"
-    )
+    return f"a '{kind}' model{many}, whose projector reads another kind of vision encoder"

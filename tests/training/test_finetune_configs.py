@@ -46,7 +46,8 @@ ADAPTERS = {
 
 
 def test_every_finetune_config_is_covered():
-    assert [path.stem for path in CONFIGS] == ["demo", "demo_model", *sorted(DECODERS)]
+    phases = [name + phase for name in sorted(DECODERS) for phase in ("", "_align")]
+    assert sorted(path.stem for path in CONFIGS) == ["demo", "demo_align", "demo_model", *phases]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -58,6 +59,25 @@ def test_finetune_config_parses(path, tmp_path):
         assert arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps == 128
         assert (arguments.learning_rate, config.projector_learning_rate) == (2e-4, 2e-5)
         assert (config.lora.rank, config.lora.alpha, config.data.max_length) == (128, 256, 2048)
+    if path.stem.removesuffix("_align") in DECODERS and path.stem.endswith("_align"):
+        assert arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps == 256
+        assert (arguments.learning_rate, config.data.max_length) == (1e-3, 2048)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_instruct_goes_on_where_align_ends(name):
+    """Encoder and data are given; all else that a projector belongs to is the same in both configurations."""
+    align, instruct = (
+        load_run_config(InstructConfig, next(path for path in CONFIGS if path.stem == stem), FILLED_IN[::2])
+        for stem in (f"{name}_align", name)
+    )
+    assert align.lora is None and align.projector is None
+    assert instruct.projector == align.output_dir
+    assert (instruct.decoder, instruct.chat_template, instruct.dtype) == (
+        align.decoder,
+        align.chat_template,
+        align.dtype,
+    )
 
 
 @pytest.mark.parametrize("name", DECODERS)

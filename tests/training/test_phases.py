@@ -187,7 +187,7 @@ def test_what_holds_no_projector_is_refused(aligned, parts, tmp_path):
     (tmp_path / "unknown" / "fingerprints.json").unlink()
     for path, reason in (
         ("nowhere", "Projector directory '.*nowhere' does not exist; give the folder of an earlier run"),
-        ("llava", "holds a 'llava' model of 576 tokens an image, whose projector reads another vision encoder and "),
+        ("llava", "holds a 'llava' model of 576 tokens an image, whose projector reads another kind of vision encoder"),
         ("unfinished", "has no projector yet; finish that run first"),
         ("damaged", "holds a damaged config.json and no projector"),
         ("empty", "holds no projector"),
