@@ -24,7 +24,7 @@ from sf_mllm.training.split_weights import gather_trained_weights, has_split_wei
 from sf_mllm.vlm.adapters import PROJECTOR, add_adapters, fingerprints_of, train_projector_alone
 from sf_mllm.vlm.fingerprints import Fingerprints
 from sf_mllm.vlm.processing_sf_llava import SFLlavaProcessor
-from sf_mllm.vlm.projector_files import load_projector
+from sf_mllm.vlm.projector_files import find_projector, load_projector
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,8 @@ def run_instruct(config: InstructConfig) -> Path:
 
 def build_model(config: InstructConfig) -> tuple[PeftModel, SFLlavaProcessor]:
     """Load and join the parts and add what trains; the same seed gives the same start."""
+    if config.projector is not None:
+        find_projector(config.projector)  # a mistyped path shows before a large decoder is read
     model, processor = load_parts(config)
     if config.projector is not None:
         load_projector(model, config.projector)
