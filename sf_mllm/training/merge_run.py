@@ -5,18 +5,14 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import load_peft_weights
-
 from sf_mllm.config import load_run_config
-from sf_mllm.encoder.strict_loading import list_some
-from sf_mllm.errors import InputError, first_line
+from sf_mllm.errors import InputError
 from sf_mllm.training.hub import check_repository_name, push_to_hub
 from sf_mllm.training.instruct_config import InstructConfig, SaveConfig
 from sf_mllm.training.instruct_parts import load_parts
 from sf_mllm.training.instruct_results import write_merged_model
 from sf_mllm.training.run_folder import RunFolder
-from sf_mllm.vlm.adapters import train_projector_alone
+from sf_mllm.vlm.adapters import load_adapters, train_projector_alone
 from sf_mllm.vlm.fingerprints import FINGERPRINTS_FILE, Fingerprints, read_fingerprints
 from sf_mllm.vlm.modeling_sf_llava import SFLlavaForConditionalGeneration
 from sf_mllm.vlm.projector_files import PROJECTOR_FOLDER, load_projector
@@ -70,7 +66,8 @@ def run_merge(request: MergeRequest) -> Path:
     config = _configure(request, trained, run)
     base, processor = load_parts(config)
     if (trained / _ADAPTER_CONFIG).is_file():
-        model = load_adapter(base, trained, run)
+        check_fingerprints(base, trained, run)
+        model = load_adapters(base, trained)
     else:
         load_projector(base, trained)
         model = train_projector_alone(base)
@@ -106,8 +103,8 @@ def find_trained(source: Path) -> tuple[Path, RunFolder | None]:
     return directories[0], None
 
 
-def load_adapter(base: SFLlavaForConditionalGeneration, adapter: Path, run: RunFolder | None) -> PeftModel:
-    """Put a trained adapter on the model it was trained on; `base` is changed in place.
+def check_fingerprints(base: SFLlavaForConditionalGeneration, adapter: Path, run: RunFolder | None) -> None:
+    """Compare the parts at hand with those that an adapter was trained on.
 
     Args:
         base: encoder and decoder, joined anew.
@@ -115,7 +112,7 @@ def load_adapter(base: SFLlavaForConditionalGeneration, adapter: Path, run: RunF
         run: which says what a checkpoint belongs to.
 
     Raises:
-        InputError: the adapter belongs to other parts, is damaged or is incomplete.
+        InputError: they are others, or nothing says what they should be.
     """
     if run is not None and not (adapter / FINGERPRINTS_FILE).is_file():
         recorded = Fingerprints.from_record(run.record.get("fingerprints"))
@@ -126,23 +123,6 @@ def load_adapter(base: SFLlavaForConditionalGeneration, adapter: Path, run: RunF
         owner=f"The adapter in '{adapter}'",
         otherwise="train another adapter on these parts",
     )
-    base.model.multi_modal_projector.float()  # trained in float32, and PEFT keeps its copy in the dtype it finds
-    try:
-        model = get_peft_model(base, PeftConfig.from_pretrained(str(adapter)))
-        weights = load_peft_weights(str(adapter), device="cpu")
-    except Exception as error:  # a broken file makes the readers stumble in many ways
-        raise InputError(f"The adapter in '{adapter}' cannot be loaded: {first_line(error)}.") from error
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    misfits = expected.keys() ^ weights.keys() | {
-        name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape
-    }
-    if misfits:
-        raise InputError(
-            f"The adapter in '{adapter}' is not complete: {len(misfits)} weights are missing, left over or of another "
-            f"shape ({list_some(misfits)}); copy the whole directory again."
-        )
-    set_peft_model_state_dict(model, weights)
-    return model
 
 
 def _configure(request: MergeRequest, trained: Path, run: RunFolder | None) -> InstructConfig:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from sf_mllm.errors import InputError
+from sf_mllm.encoder.strict_loading import list_some
+from sf_mllm.errors import InputError, first_line
 from sf_mllm.vlm.fingerprints import Fingerprints, write_fingerprints
 from sf_mllm.vlm.modeling_sf_llava import SFLlavaForConditionalGeneration
 
@@ -64,6 +66,35 @@ def save_adapters(model: PeftModel, directory: Path) -> None:
     model.save_pretrained(str(directory))
     (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
     write_fingerprints(directory, fingerprints_of(model))
+
+
+def load_adapters(model: SFLlavaForConditionalGeneration, directory: Path) -> PeftModel:
+    """Put what was trained back on the model it was trained on: adapters and projector, or the projector alone.
+
+    Args:
+        model: the same encoder and decoder, joined anew; changed in place.
+        directory: as `save_adapters` or the Trainer, for a checkpoint, wrote it.
+
+    Raises:
+        InputError: the files are damaged, or not every weight finds its place.
+    """
+    try:
+        config = LoraConfig.from_pretrained(str(directory))
+        weights = load_peft_weights(str(directory), device="cpu")
+    except Exception as error:  # a broken file makes the readers stumble in many ways
+        raise InputError(f"The adapter in '{directory}' cannot be loaded: {first_line(error)}.") from error
+    adapted = _wrap(model, config)
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    misfits = expected.keys() ^ weights.keys() | {
+        name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape
+    }
+    if misfits:
+        raise InputError(
+            f"The adapter in '{directory}' is not complete: {len(misfits)} weights are missing, left over or of "
+            f"another shape ({list_some(misfits)}); copy the whole directory again."
+        )
+    set_peft_model_state_dict(adapted, weights)
+    return adapted
 
 
 def has_adapters(model: PeftModel) -> bool:
