@@ -1,0 +1,155 @@
+"""What each variant of `eval.compare_encoders` costs, with the device to itself; weights play no part.
+
+- `encoder_ms`: normalised pixels to visual tokens of the language model's width, tower, peer and projector.
+- `first_token_ms`: pixels and one question to the logits of the first token; the language model is not compiled.
+- `answer_memory_gib`: peak of that for a batch of 64, weights included.
+- `train_step_ms`, `train_step_memory_gib`: forward and backward of one training batch, tower included, not compiled.
+
+Times are medians. On a GPU weights are bfloat16 (float32 under bfloat16 autocast for the training step).
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eval.compare_data import TRAINING_SEED, TensorConversations, Texts, render_scenes
+from eval.compare_model import join_llava
+from eval.compare_parts import Parts
+from eval.compare_run import Run, encode_prompts
+from sf_mllm.constants import IMAGE_TOKEN
+from sf_mllm.vlm.adapters import add_adapters
+
+BATCHES = (1, 64)
+COLUMNS = (
+    *(f"encoder_ms_{batch}" for batch in BATCHES),
+    "encoder_compiled",
+    *(f"first_token_ms_{batch}" for batch in BATCHES),
+    "answer_memory_gib",
+    "train_step_ms",
+    "train_step_memory_gib",
+)
+_QUESTION = "What color is the small circle?"
+
+
+def measure_speed(
+    parts: Parts, run: Run, texts: dict[str, Texts], *, device: torch.device, compiled: bool, repeats: int
+) -> dict[str, Any]:
+    """Return the figures named in `COLUMNS` for the variant of a run.
+
+    Args:
+        parts: where models come from.
+        run: whose variant and layer are measured.
+        texts: the comparison's, for the length of a training batch.
+        device: to work on.
+        compiled: compile tower, peer and projector in `encoder_ms` and `first_token_ms`.
+        repeats: of each measurement, after as many to warm up, at most ten.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tower = parts.tower(run.variant, run.layer or 0, dtype)
+    decoder, tokenizer = parts.decoder(dtype)
+    peer = parts.peer(run.variant, tower, decoder)
+    model: Any = join_llava(None if tower is None else tower.module, peer, decoder, tokenizer)
+    model.model.multi_modal_projector.to(dtype)
+    model.to(device).eval()
+    pixel_values: Tensor | None = None
+    image = ""
+    figures: dict[str, Any] = dict.fromkeys(COLUMNS, "")
+    if tower is not None:
+        pixels = render_scenes(TRAINING_SEED, range(max(BATCHES)), parts.image_size, device)
+        pixel_values = tower.prepare(pixels).to(dtype)
+        image = IMAGE_TOKEN * peer.num_tokens + "\n"
+        if compiled:
+            model.model.vision_tower.tower = torch.compile(model.model.vision_tower.tower, dynamic=False)
+            model.model.multi_modal_projector = torch.compile(model.model.multi_modal_projector, dynamic=False)
+        figures["encoder_compiled"] = compiled
+
+    def first_token(inputs: dict[str, Tensor]) -> Tensor:
+        return model(**inputs, logits_to_keep=1).logits.argmax(-1)
+
+    _forget_peak(device)
+    with torch.inference_mode():
+        for batch in BATCHES:
+            inputs = dict(encode_prompts(tokenizer, [image + _QUESTION] * batch).to(device))
+            inputs.pop("token_type_ids", None)
+            if pixel_values is not None:
+                inputs["pixel_values"] = some = pixel_values[:batch].contiguous()
+                encode = functools.partial(model.model.get_image_features, some)
+                figures[f"encoder_ms_{batch}"] = _median_ms(encode, device, repeats)
+            figures[f"first_token_ms_{batch}"] = _median_ms(functools.partial(first_token, inputs), device, repeats)
+    figures["answer_memory_gib"] = _peak_gib(device)
+    return figures | measure_training(parts, run, texts, device=device, repeats=repeats)
+
+
+def measure_training(
+    parts: Parts, run: Run, texts: dict[str, Texts], *, device: torch.device, repeats: int
+) -> dict[str, Any]:
+    """Return time and memory of forward and backward of one training batch; arguments as for `measure_speed`."""
+    settings = parts.settings
+    tower = parts.tower(run.variant, run.layer or 0)
+    decoder, tokenizer = parts.decoder()
+    peer = parts.peer(run.variant, tower, decoder)
+    joined = join_llava(None if tower is None else tower.module, peer, decoder, tokenizer)
+    model: nn.Module = add_adapters(joined, rank=settings.lora_rank, alpha=2 * settings.lora_rank, dropout=0.0)  # type: ignore[arg-type]
+    model.to(device).train()
+    kind = texts["text" if tower is None else "image"]
+    pixel_values = None
+    if tower is not None:
+        tower.module.eval()
+        pixels = render_scenes(TRAINING_SEED, range(settings.batch_size), parts.image_size, device)
+        pixel_values = tower.prepare(pixels)
+    conversations = TensorConversations(
+        kind.rows(slice(settings.batch_size)),
+        pixel_values,
+        image_token_id=joined.config.image_token_id,
+        num_tokens=peer.num_tokens,
+        device=device,
+    )
+    batch = conversations.__getitems__(list(range(len(conversations))))
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(**batch).loss
+        loss.backward()
+        model.zero_grad()
+
+    _forget_peak(device)
+    return {
+        "train_step_ms": _median_ms(step, device, max(1, repeats // 4)),
+        "train_step_memory_gib": _peak_gib(device),
+    }
+
+
+def _median_ms(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Milliseconds of one call, the device's work included."""
+
+    def seconds() -> float:
+        _wait(device)
+        began = time.perf_counter()
+        work()
+        _wait(device)
+        return time.perf_counter() - began
+
+    for _ in range(min(repeats, 10)):
+        work()
+    return round(1e3 * statistics.median(seconds() for _ in range(repeats)), 3)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_gib(device: torch.device) -> float | str:
+    """Peak since `_forget_peak`; unknown on a CPU, whose peak is that of the whole process."""
+    return round(torch.cuda.max_memory_allocated() / 2**30, 3) if device.type == "cuda" else ""
