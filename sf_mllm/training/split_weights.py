@@ -54,9 +54,7 @@ def prepare_fsdp(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> No
         ("fsdp_cpu_ram_efficient_loading: true", plugin.cpu_ram_efficient_loading, "false"),
     ):
         if is_unusable:
-            raise InputError(
-                f"{setting} cannot be used here; set {instead}, as in configs/accelerate/fsdp2_8_gpus.yaml."
-            )
+            raise InputError(f"{setting} cannot be used; set {instead}, as in configs/accelerate/fsdp2_8_gpus.yaml.")
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
     plugin.ignored_modules = r".*\.vision_tower"
     decoder = next(module for name, module in model.named_modules() if name.endswith(".language_model"))
