@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import Trainer, set_seed
 
 from sf_mllm.data.collate import ConversationCollator
@@ -73,11 +74,7 @@ def run_instruct(config: InstructConfig) -> Path:
         weights = gather_trained_weights(model)
         if trainer.is_world_process_zero():
             with whole_weights(arguments):
-                whole = model
-                if has_split_weights(model) or config.quantization is not None:
-                    whole, _ = build_model(dataclasses.replace(config, projector=None, quantization=None))
-                    whole.load_state_dict(weights, strict=False)
-                merged: Any = save_results(whole, processor, config.save, run.path)
+                merged: Any = save_results(make_whole(model, weights, config), processor, config.save, run.path)
                 # The 4-bit decoder answers for itself: the whole one may not fit beside it.
                 answering: Any = merged.to(arguments.device) if config.quantization is None else model
                 show_answers(answering, processor, held_out.conversations[:_SHOWN_ANSWERS])
@@ -99,6 +96,26 @@ def build_model(config: InstructConfig) -> tuple[PeftModel, SFLlavaProcessor]:
     set_seed(config.seed)  # the adapters start alike whether or not a projector was drawn and replaced
     lora = config.lora
     return add_adapters(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout), processor
+
+
+def make_whole(model: PeftModel, weights: dict[str, Tensor], config: InstructConfig) -> PeftModel:
+    """Return a trained model with every weight whole and unquantised; where one is not, its parts are read again.
+
+    So what 4-bit weights trained is merged into the decoder as it is on disk, and keeps no error of quantisation.
+
+    Args:
+        model: as trained.
+        weights: what trained, by parameter name (`gather_trained_weights`).
+        config: of the run.
+    """
+    if config.quantization is None and not has_split_weights(model):
+        return model
+    if config.quantization is not None:
+        logger.info("Reading the decoder again: the adapters are merged into its weights on disk, not into 4-bit ones.")
+    whole, _ = build_model(dataclasses.replace(config, projector=None, quantization=None))
+    loaded = whole.load_state_dict(weights, strict=False)  # the frozen weights are there already
+    assert not loaded.unexpected_keys
+    return whole
 
 
 def record_fingerprints(run: RunFolder, model: PeftModel) -> None:
