@@ -1,121 +1,114 @@
-"""What the demo decoder learns from: conversations about scenes, with a text in the place of the image."""
+"""What the demo decoder learns from: conversations about scenes that are described in words, made while it trains."""
 
-import functools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from torch.utils.data import DataLoader, Dataset
 
-from sf_mllm.constants import IGNORE_INDEX, IMAGE_TOKEN
-from sf_mllm.data.chat import accept_image_content, encode_conversation
+from sf_mllm.constants import IGNORE_INDEX
 from sf_mllm.data.messages import Message
 from sf_mllm.data.scene_language import describe_for_reading, objects_of
-from sf_mllm.data.scene_questions import ask_questions
+from sf_mllm.data.scene_questions import QUESTION_TYPES, ask_questions
 from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes
 from sf_mllm.data.scenes import question_rng
 
-VOCABULARY_SIZE = 512
-PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] not in ['user', 'assistant'] %}"
-    "{{ raise_exception('this small model knows user and assistant turns only') }}{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-_TURNS = 6
-_CHUNK = 2000  # conversations a process makes at once
+if TYPE_CHECKING:  # the processes that make data need nothing else of transformers
+    from transformers import PreTrainedTokenizerFast
+
+TYPES = (*QUESTION_TYPES, "relation", "comparison", "comparison")
+"""Questions that take two look-ups, and then a comparison of what was found, are learnt last: they come more often."""
+_TURNS = 16  # more than fit into a row of 256 tokens, unless a scene allows fewer
+_READY = 4  # batches that each process keeps ahead
 
 
-def scene_conversations(indices: Sequence[int], seed: int) -> Iterator[list[Message]]:
-    """Yield one conversation a scene, of several turns; the first question follows a text that describes the scene."""
-    for index, objects in zip(
-        indices, objects_of(sample_scenes(torch.tensor(list(indices)), ScenesConfig(seed=seed))), strict=True
-    ):
-        rng = question_rng(seed, index)
-        messages = []
-        for item in ask_questions(objects, rng, _TURNS):
-            messages += [Message("user", item.question), Message("assistant", item.answer)]
-        messages[0] = Message("user", f"{describe_for_reading(objects, rng)}\n{messages[0].text}")
-        yield messages
+@dataclass(frozen=True)
+class SceneConversations:
+    """Endless conversations of several turns, one a scene; the first question follows the scene in words."""
+
+    seed: int
+    domain: str = "plain"
+
+    def read(self, indices: Tensor) -> Iterator[list[Message]]:
+        """Yield the conversations about the scenes with the given indices [B]."""
+        scenes = objects_of(sample_scenes(indices, ScenesConfig(seed=self.seed, domain=self.domain)))
+        for index, objects in zip(indices.tolist(), scenes, strict=True):
+            rng = question_rng(self.seed, index)
+            messages = []
+            for item in ask_questions(objects, rng, _TURNS, TYPES):
+                messages += [Message("user", item.question), Message("assistant", item.answer)]
+            messages[0] = Message("user", f"{describe_for_reading(objects, rng)}\n{messages[0].text}")
+            yield messages
 
 
-def train_tokenizer(seed: int, conversations: int = 4000) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer, which can write any text but is short on scenes."""
-    core = Tokenizer(models.BPE())
-    # A space goes before each turn, so that a word is the same token at the start of an answer and inside a text.
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
-        special_tokens=[PAD, USER, ASSISTANT, END, IMAGE_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = (m.text for messages in scene_conversations(range(conversations), seed) for m in messages)
-    core.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token=PAD,
-        eos_token=END,
-        extra_special_tokens=[USER, ASSISTANT, IMAGE_TOKEN],
-        chat_template=accept_image_content(CHAT_TEMPLATE),
-        model_max_length=2048,
-    )
+class EncodedBatches(Dataset):
+    """Batches of conversations as tokens; batch i is the same whoever makes it, and no batch comes twice.
 
+    A row holds as many turns as fit: none is cut, and few positions are padding.
 
-class EncodedScenes(Dataset):
-    """Conversations as two tensors, so that a batch is one indexing operation and the GPU never waits.
-
-    Attributes:
-        input_ids: [N, L] int16, padded on the right; with causal attention the padding needs no mask.
-        labels: [N, L] int16.
+    Args:
+        conversations: to encode.
+        tokenizer: of `train_tokenizer`; what it makes of a conversation is what `encode_conversation` would.
+        batch_size: conversations in a batch.
+        max_length: tokens of a row.
     """
 
-    def __init__(self, input_ids: Tensor, labels: Tensor) -> None:
-        self.input_ids = input_ids
-        self.labels = labels
+    def __init__(
+        self,
+        conversations: SceneConversations,
+        tokenizer: "PreTrainedTokenizerFast",
+        *,
+        batch_size: int,
+        max_length: int,
+    ) -> None:
+        self.conversations = conversations
+        self.core = tokenizer.backend_tokenizer
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.pad = tokenizer.pad_token_id
+        self.end = tokenizer.eos_token_id
+        self.roles = {role: tokenizer.convert_tokens_to_ids(f"<|{role}|>") for role in ("user", "assistant")}
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return 2**32 // self.batch_size  # as many as there are scenes
 
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Return a whole batch (PyTorch's fetcher asks for it in one call): int64 [B, L] each."""
-        return {"input_ids": self.input_ids[indices].long(), "labels": self.labels[indices].long()}
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        """Return the tokens and labels of a batch, [B, L] int16 each, padded on the right.
+
+        With causal attention the padding needs no mask.
+        """
+        indices = torch.arange(number * self.batch_size, (number + 1) * self.batch_size)
+        conversations = list(self.conversations.read(indices))
+        texts = [message.text for messages in conversations for message in messages]
+        encoded = iter(self.core.encode_batch(texts, add_special_tokens=False))
+        input_ids = np.full((self.batch_size, self.max_length), self.pad, dtype=np.int16)
+        labels = np.full_like(input_ids, IGNORE_INDEX)
+        for row, messages in enumerate(conversations):
+            turns = [[self.roles[message.role], *next(encoded).ids, self.end] for message in messages]
+            filled = 0
+            for question, answer in zip(turns[::2], turns[1::2], strict=True):
+                start, stop = filled + len(question), filled + len(question) + len(answer)
+                if stop > self.max_length:
+                    break
+                input_ids[row, filled:start] = question
+                input_ids[row, start:stop] = answer
+                labels[row, start + 1 : stop] = answer[1:]
+                filled = stop
+        return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
 
 
-def encode_scenes(
-    tokenizer: PreTrainedTokenizerBase, count: int, *, seed: int, max_length: int, workers: int
-) -> EncodedScenes:
-    """Make and tokenise the conversations about scenes 0 .. count - 1, each cut to `max_length` tokens."""
-    encode = functools.partial(_encode_chunk, tokenizer, seed, max_length)
-    chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
-    if workers == 1:
-        parts = [encode(chunk) for chunk in chunks]
-    else:  # spawn: forking a process that has started torch's threads can hang
-        with ProcessPoolExecutor(
-            workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            parts = list(pool.map(encode, chunks))
-    ids, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
-    return EncodedScenes(ids, labels)
+def load_batches(batches: EncodedBatches, workers: int, *, pin_memory: bool) -> DataLoader:
+    """Return the batches in their order, made by `workers` processes ahead of time (0: by this one, when asked)."""
+    options = {}
+    if workers:  # spawn: forking a process that has started torch's threads can hang
+        options = {"multiprocessing_context": "spawn", "worker_init_fn": _use_one_thread, "prefetch_factor": _READY}
+    return DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=pin_memory, **options)
 
 
-def _encode_chunk(
-    tokenizer: PreTrainedTokenizerBase, seed: int, max_length: int, indices: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return arrays, not tensors: between processes each tensor would hold a file open."""
-    input_ids = np.full((len(indices), max_length), tokenizer.pad_token_id, dtype=np.int16)
-    labels = np.full_like(input_ids, IGNORE_INDEX)
-    for row, messages in enumerate(scene_conversations(indices, seed)):
-        encoded = encode_conversation(tokenizer, messages, image_seq_length=1).truncated(max_length)
-        input_ids[row, : len(encoded.input_ids)] = encoded.input_ids
-        labels[row, : len(encoded.labels)] = encoded.labels
-    return input_ids, labels
+def _use_one_thread(worker: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)

@@ -20,7 +20,7 @@ if [ ! -d "$out/clip" ]; then # the teacher is saved while it trains; only a fin
   run scripts.demo.train_clip --out "$out/clip.unfinished" --seconds 370 --log "$out/clip.jsonl"
   mv "$out/clip.unfinished" "$out/clip"
 fi
-[ -d "$out/decoder" ] || run scripts.demo.train_decoder --out "$out/decoder" --seconds 300 --scenes 400000
+[ -d "$out/decoder" ] || run scripts.demo.train_decoder --out "$out/decoder" --seconds 300
 run sf_mllm.data.scenes "$out/scenes" --count 100000 --seed 1 --workers "$(nproc)"
 run sf_mllm.training.bootstrap configs/bootstrap/demo_model.yaml output_dir="$out/bootstrap" \
   teacher.model="local-dir:$out/clip" data.images="$out/scenes/images"

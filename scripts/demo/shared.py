@@ -31,6 +31,11 @@ class Budget:
             self._began = time.monotonic()
         return (time.monotonic() - self._began) / self.seconds
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count seconds that no training took place in, such as those of an evaluation."""
+        if self._began is not None:
+            self._began += seconds
+
     def learning_rate_factor(self, step: int) -> float:
         """Share of the peak rate."""
         spent = min(self.spent(step), 1.0)

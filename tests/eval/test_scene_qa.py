@@ -1,10 +1,19 @@
 import csv
 import hashlib
+import json
 import random
 
 import pytest
 
-from eval.scene_qa import answer_from_images, answer_from_texts, held_out_questions, is_right, main, score
+from eval.scene_qa import (
+    answer_from_images,
+    answer_from_texts,
+    format_failures,
+    held_out_questions,
+    is_right,
+    main,
+    score,
+)
 from sf_mllm.data.scene_questions import SceneQuestion
 from tests.tiny_text import make_tokenizer
 from tests.tiny_vlm import make_decoder, make_sf_llava
@@ -66,19 +75,72 @@ def test_answers_from_texts_do_not_depend_on_the_batch():
     assert len(set(together)) > 1
 
 
+def test_the_domains_are_asked_in_their_own_words():
+    plain, clutter = held_out_questions(60), held_out_questions(60, "clutter")
+    assert {item.domain for item in clutter} == {"clutter"}
+    assert not any("letter" in item.question.question for item in plain)
+    assert any("letter" in item.question.question for item in clutter)
+    model, processor = make_sf_llava()
+    short = [item for item in clutter if item.question.type != "description"][:4]
+    assert len(answer_from_images(model, processor, short)) == 4
+
+
+def test_every_wrong_answer_is_told():
+    asked = held_out_questions(5)
+    right = [item.question.answer for item in asked]
+    lines = format_failures(asked, {"image": ["a\r\nb", *right[1:]], "text": right}).splitlines()
+    item = asked[0]
+    assert [json.loads(line) for line in lines] == [
+        {
+            "reads": "image",
+            "domain": "plain",
+            "scene": item.index,
+            "type": item.question.type,
+            "question": item.question.question,
+            "given": "a\r\nb",
+            "expected": item.question.answer,
+        }
+    ]
+
+
 def test_the_command_writes_one_row_a_type(tmp_path, capsys):
     model, processor = make_sf_llava()
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    arguments = ["--model", str(tmp_path / "model"), "--questions", "12", "--device", "cpu"]
-    assert main([*arguments, "--rows", str(tmp_path), "--failures", "1"]) == 0
+    tokenizer = make_tokenizer()
+    make_decoder(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "decoder")
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    arguments = ["--questions", "12", "--device", "cpu"]
+    both = ["--model", str(tmp_path / "model"), "--decoder", str(tmp_path / "decoder")]
+    failures = tmp_path / "failures.jsonl"
+    assert main([*both, *arguments, "--rows", str(tmp_path), "--failures", str(failures)]) == 0
     with (tmp_path / "scene_qa.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert rows[-1]["type"] == "mean"
-    assert sum(int(row["samples"]) for row in rows[:-1]) == int(rows[-1]["samples"]) == 12
-    weights = hashlib.sha256((tmp_path / "model" / "model.safetensors").read_bytes()).hexdigest()
-    for row in rows:
-        assert (row["protocol"], row["reads"], row["precision"]) == ("scenes-qa-1", "image", "float32")
-        assert row["weights_sha256"] == weights[:12]
-    assert "expected:" in capsys.readouterr().out
-    assert main(["--model", str(tmp_path / "gone"), "--questions", "3"]) == 2
+    by_reader = {reads: [row for row in rows if row["reads"] == reads] for reads in ("image", "text")}
+    assert sum(map(len, by_reader.values())) == len(rows)
+    for reads, own in by_reader.items():
+        assert own[-1]["type"] == "mean"
+        assert sum(int(row["samples"]) for row in own[:-1]) == int(own[-1]["samples"]) == 12
+        folder = tmp_path / ("model" if reads == "image" else "decoder")
+        weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        for row in own:
+            assert (row["protocol"], row["precision"], row["model"]) == ("scenes-qa-2", "float32", str(folder))
+            assert row["weights_sha256"] == weights[:12]
+    wrong = [json.loads(line) for line in failures.read_text().splitlines()]
+    assert {row["reads"] for row in wrong} == {"image", "text"}
+    out = capsys.readouterr().out
+    assert "from words" in out and str(failures) in out
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "nothing to ask"),
+        (["--model", "gone", "--questions", "3"], "gone"),
+        (["--model", "gone", "--questions", "0"], "at least 1"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_in_one_line(capsys, given, said):
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
