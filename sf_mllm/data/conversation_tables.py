@@ -71,7 +71,7 @@ class TableConversations:
                 f"(columns: {', '.join(table.column_names)}); rename or remove columns so that it has one of them."
             )
         self.label = label
-        self.licence = table.info.license or None
+        self.licence = (table.info.license or "").strip().partition("\n")[0] or None  # some hold its whole text
         self.image_root = Path(image_root)
         self._image_columns = [name for name in _IMAGE_COLUMNS if name in table.column_names]
         kept = [name for name in ("id", *found, *self._image_columns) if name in table.column_names]

@@ -20,7 +20,7 @@ EMBEDDED = datasets.Features(
     {
         "id": datasets.Value("string"),
         "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
-        "images": datasets.List(datasets.Image()),
+        "images": [datasets.Image()],
     }
 )
 
@@ -101,6 +101,19 @@ def test_tables_with_images_give_the_same_ids_and_pixels(folder, expected, form)
         torch.testing.assert_close(row["pixel_values"], reference["pixel_values"], rtol=0, atol=0)
 
 
+def test_content_in_parts_is_the_same_in_lines_and_tables(folder, tmp_path):
+    part = {"index": None, "text": None}
+    asked = [part | {"type": "text", "text": "And this? "}, {"index": 0, "text": None, "type": "image"}]
+    answered = [part | {"type": "text", "text": "green"}]
+    row = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]}
+    row["images"] = [str(folder / "1.png")]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
+    (lines,) = read(open_conversations(str(tmp_path / "rows.jsonl")))
+    assert read(open_conversations(str(tmp_path / "rows.parquet"))) == [lines]
+    assert [message.text for message in lines.messages] == ["And this? <image>\n", "green"]
+
+
 def test_a_hub_name_is_loaded_by_datasets(folder, expected, monkeypatch):
     table = datasets.load_dataset("parquet", data_files=str(folder / "paths.parquet"), split="train").select([2, 0, 1])
     asked = []
@@ -158,6 +171,11 @@ def test_a_row_longer_than_a_block_and_many_rows(tmp_path, monkeypatch):
         content = json.dumps(rows, ensure_ascii=ensure_ascii, indent=1)
         (tmp_path / "rows.json").write_text(f" \n{content}\n ", encoding="utf-8")
         assert [c.messages[0].text for c in read(FileConversations(tmp_path / "rows.json"))] == texts
+    (tmp_path / "rows.json").write_text("[12345678901, 23456789012]")  # a number ends where another character follows
+    numbers = FileConversations(tmp_path / "rows.json")
+    assert len(numbers) == 2
+    with pytest.raises(InputError, match="is a JSON int, not an object"):
+        numbers.read(1)
 
 
 @pytest.mark.parametrize(
