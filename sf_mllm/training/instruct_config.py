@@ -120,7 +120,9 @@ class InstructConfig:
         ):
             if value not in allowed:
                 names = ["null" if choice is None else choice for choice in allowed]
-                raise InputError(f"{name} '{value}' is unknown.{nearest(value, names)} Allowed: {', '.join(names)}.")
+                raise InputError(
+                    f"{name} '{value}' is unknown.{nearest(str(value), names)} Allowed: {', '.join(names)}."
+                )
         if self.lora is None and self.projector_learning_rate is not None:
             raise InputError(
                 f"projector_learning_rate={self.projector_learning_rate} has no meaning with lora: null, where the "

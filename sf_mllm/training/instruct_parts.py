@@ -40,14 +40,14 @@ def load_parts(config: InstructConfig) -> tuple[SFLlavaForConditionalGeneration,
     quantization = None if config.quantization is None else make_quantization_config()
     encoder, image_processor = load_encoder(config.encoder, dtype)
     decoder, tokenizer = load_decoder(config.decoder, dtype)
-    decoder_fingerprint = fingerprint_decoder(decoder.base_model)
+    decoder_fingerprint = fingerprint_decoder(decoder)
     if quantization is not None:
         decoder, tokenizer = load_decoder(config.decoder, dtype, quantization)
     set_seed(config.seed)  # of the projector
     model, processor = join(
         encoder, image_processor, decoder, tokenizer, config.chat_template, decoder_fingerprint=decoder_fingerprint
     )
-    model.is_loaded_in_4bit = quantization is not None  # PEFT and the Trainer look for it on the whole model
+    model.is_loaded_in_4bit = quantization is not None
     return model, processor
 
 

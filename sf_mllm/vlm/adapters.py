@@ -104,8 +104,8 @@ def has_adapters(model: PeftModel) -> bool:
 
 def trained_projector(model: PeftModel) -> nn.Module:
     """Return the projector that trains; PEFT keeps the untrained one beside it."""
-    wrapper: Any = model.get_base_model().model.multi_modal_projector
-    return wrapper.modules_to_save[model.active_adapter]
+    base: Any = model.get_base_model()
+    return base.model.multi_modal_projector.modules_to_save[model.active_adapter]
 
 
 def fingerprints_of(model: PeftModel) -> Fingerprints:

@@ -77,7 +77,7 @@ def build_sf_llava(
     config.fingerprints = Fingerprints(
         tokens_per_image=config.image_seq_length,
         encoder=fingerprint(encoder),
-        decoder=decoder_fingerprint or fingerprint_decoder(decoder.base_model),
+        decoder=decoder_fingerprint or fingerprint_decoder(decoder),
         vocabulary=fingerprint_vocabulary(tokenizer),
         chat_template=fingerprint_text(chat_template),
     ).to_record()

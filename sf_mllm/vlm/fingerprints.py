@@ -118,18 +118,19 @@ def _has_whole_values(tensor: Tensor) -> bool:
     return not (tensor.is_meta or is_quantised or is_split)
 
 
-def fingerprint_decoder(language_model: PreTrainedModel) -> str | None:
+def fingerprint_decoder(decoder: PreTrainedModel) -> str | None:
     """Return the `fingerprint` of a text-only decoder, before or after it was joined to an encoder.
 
-    The embedding is left out: it may have grown by a row for `<image>`, and the tokenizer's fingerprint stands for what
-    its rows mean.
+    Embedding and head are left out: they may have grown by a row for `<image>`, and the tokenizer's fingerprint stands
+    for what their rows mean.
 
     Args:
-        language_model: the decoder without its head (`base_model` of a causal language model).
+        decoder: with its head or without.
     """
-    embedding = language_model.get_input_embeddings().weight
-    tables = [name for name, tensor in language_model.state_dict(keep_vars=True).items() if tensor is embedding]
-    return fingerprint(language_model, leave_out=tables)
+    base: Any = decoder.base_model
+    embedding = base.get_input_embeddings().weight
+    tables = [name for name, tensor in base.state_dict(keep_vars=True).items() if tensor is embedding]
+    return fingerprint(base, leave_out=tables)
 
 
 def fingerprint_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:

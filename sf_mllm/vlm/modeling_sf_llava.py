@@ -137,6 +137,8 @@ class SFLlavaForConditionalGeneration(StrictLoadingMixin, LlavaForConditionalGen
     """
 
     config: SFLlavaConfig
+    is_loaded_in_4bit: bool = False
+    """Whether bitsandbytes quantised the language model; PEFT looks for it on the whole model."""
 
     def __init__(self, config: SFLlavaConfig) -> None:
         LlavaPreTrainedModel.__init__(self, config)

@@ -68,12 +68,12 @@ def test_values_that_cannot_be_read_have_no_fingerprint():
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_decoder_keeps_its_fingerprint_when_its_vocabulary_grows(family, tied):
     decoder = make_decoder(family, vocab_size=100, tied=tied)
-    expected = fingerprint_decoder(decoder.base_model)
+    expected = fingerprint_decoder(decoder)
     decoder.resize_token_embeddings(164)
-    assert fingerprint_decoder(decoder.base_model) == expected
+    assert fingerprint_decoder(decoder) == expected
     with torch.no_grad():
         decoder.base_model.layers[1].mlp.down_proj.weight[0].neg_()
-    assert fingerprint_decoder(decoder.base_model) != expected
+    assert fingerprint_decoder(decoder) != expected
 
 
 def test_a_joined_model_has_the_fingerprints_of_its_parts():
@@ -81,7 +81,7 @@ def test_a_joined_model_has_the_fingerprints_of_its_parts():
     recorded = Fingerprints.from_record(model.config.fingerprints)
     assert recorded.tokens_per_image == processor.image_seq_length
     assert recorded.encoder == fingerprint(make_encoder())
-    assert recorded.decoder == fingerprint_decoder(make_decoder(vocab_size=len(make_tokenizer())).base_model)
+    assert recorded.decoder == fingerprint_decoder(make_decoder(vocab_size=len(make_tokenizer())))
     assert recorded.vocabulary == fingerprint_vocabulary(processor.tokenizer)
     other = make_tokenizer()
     other.add_tokens(["<more>"])
