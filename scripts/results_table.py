@@ -37,7 +37,8 @@ def read_rows(benchmark: str) -> list[dict[str, str]]:
 
 def question_table() -> str:
     """Questions about scenes: chat model, decoder alone, majority."""
-    rows = {(row["model"], row["type"]): row for row in read_rows("scene_qa")}
+    plain = [row for row in read_rows("scene_qa") if row["protocol"].startswith("scenes-qa")]
+    rows = {(row["model"], row["type"]): row for row in plain}
     lines = [
         "| question | example | from the image | from words | most frequent answer |",
         "|---|---|---|---|---|",
