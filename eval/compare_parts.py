@@ -152,6 +152,7 @@ class Parts:
                 num_hidden_layers=2,
                 num_attention_heads=_TINY_HEADS,
                 tie_word_embeddings=True,
+                initializer_range=0.2,  # large enough for the answers of random weights to differ
                 eos_token_id=tokenizer.eos_token_id,
                 bos_token_id=None,
                 pad_token_id=tokenizer.pad_token_id,

@@ -49,6 +49,7 @@ def measure_speed(
         compiled: compile tower, peer and projector in `encoder_ms` and `first_token_ms`.
         repeats: of each measurement, after as many to warm up, at most ten.
     """
+    torch._dynamo.reset()  # a limit on how often one function is compiled counts the variants before, too
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tower = parts.tower(run.variant, run.layer or 0, dtype)
     decoder, tokenizer = parts.decoder(dtype)
