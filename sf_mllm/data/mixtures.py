@@ -24,18 +24,17 @@ def draw_rows(
 
     Returns:
         Positions in `source_of`: the training rows of an epoch, sorted, a row as often as it comes; the held-out rows,
-        sorted.
+        in the order in which they were drawn, so that the first ones are of several sources.
     """
     rng = np.random.default_rng(seed)
     # The smallest of waiting times at these rates are a weighted draw without replacement (Efraimidis, Spirakis 2006).
     waiting = rng.exponential(size=len(source_of)) / np.asarray(weights, dtype=np.float64)[source_of]
-    is_held_out = np.zeros(len(source_of), dtype=bool)
-    is_held_out[np.argsort(waiting)[:held_out]] = True
-    is_left = ~np.isin(digests, digests[is_held_out])
+    kept_out = np.argsort(waiting)[:held_out]
+    is_left = ~np.isin(digests, digests[kept_out])
     training = []
     for number, weight in enumerate(weights):
         rows = np.flatnonzero(is_left & (source_of == number))
         whole, fraction = divmod(weight, 1.0)
         extra = rng.permutation(rows)[: int(np.floor(fraction * len(rows) + 0.5))]
         training += [np.repeat(rows, int(whole)), extra]
-    return np.sort(np.concatenate(training)), np.flatnonzero(is_held_out)
+    return np.sort(np.concatenate(training)), kept_out

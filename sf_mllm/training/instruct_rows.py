@@ -60,7 +60,7 @@ class RowPlan:
     training: np.ndarray
     """Rows of an epoch, sorted; one may come several times."""
     held_out: np.ndarray
-    """Rows to measure on, sorted."""
+    """Rows to measure on, in random order."""
 
 
 def find_conversations(config: InstructConfig, scenes_folder: Path) -> RunConversations:
@@ -177,8 +177,9 @@ def _describe_refusal(source: JoinedConversations, checks: RowChecks) -> str:
     listed = ", ".join(f"{count} {problem}" for problem, count in counts.items())
     shown = "; ".join(f"{source.place(row)}: {checks.reasons[row]}" for row in rows[:_SHOWN_PROBLEMS])
     more = f"; and {len(rows) - _SHOWN_PROBLEMS} more" if len(rows) > _SHOWN_PROBLEMS else ""
-    longer = "raise data.max_length, " if {Problem.NO_ANSWER.words, Problem.CUT_IMAGE.words} & counts.keys() else ""
+    hints = "check data.image_root, " if Problem.MISSING_IMAGE.words in counts else ""
+    hints += "raise data.max_length, " if {Problem.NO_ANSWER.words, Problem.CUT_IMAGE.words} & counts.keys() else ""
     return (
-        f"{len(rows)} of {len(source)} conversations cannot be trained on ({listed}); mend or remove them, {longer}or "
+        f"{len(rows)} of {len(source)} conversations cannot be trained on ({listed}); mend or remove them, {hints}or "
         f"leave them out with data.drop_unusable=true: {shown}{more}."
     )
