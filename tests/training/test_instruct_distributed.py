@@ -1,7 +1,7 @@
 """Stage two on two processes with gloo on the CPU: DDP, ZeRO-2, ZeRO-3 and FSDP end as one process does.
 
-A tenth of the rows is text only, and each process takes one row at a time: where one of them has such a row, all that
-it holds for this step is text.
+A tenth of the rows is text only, and each process takes one row at a time, twice a step. The longest row is text only:
+grouped by length, it is the last one of its step, in which gradients are exchanged, and the other process has an image.
 """
 
 import importlib.util
@@ -75,7 +75,8 @@ def run_file(tmp_path_factory):
         make_image(index).save(folder / f"{index}.png")
         images = [] if index % 10 == 3 else [f"{index}.png"] * (1 + index % 2)
         human = "<image>" * len(images) + "\nWhat colour is the square?"
-        turns = [{"from": "human", "value": human}, {"from": "gpt", "value": f"{index} green " * (1 + index % 4)}]
+        answer = f"{index} green " * (20 if index == 3 else 1 + index % 4)
+        turns = [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]
         rows.append({"id": index, "conversations": turns} | ({"image": images} if images else {}))
     (folder / "rows.json").write_text(json.dumps(rows))
     values = {
@@ -122,6 +123,9 @@ def one_process(run_file, tmp_path_factory):
     (trainer,) = made
     for dataset, has_text in ((trainer.train_dataset, 2), (trainer.eval_dataset, 1)):
         assert sum(row["pixel_values"] is None for row in dataset) == has_text
+    *_, last_but_one, last = trainer.train_dataset.lengths.argsort()
+    images = [trainer.train_dataset[row]["pixel_values"] for row in (last_but_one, last)]
+    assert images[0] is not None and images[1] is None
     return folder
 
 
