@@ -33,6 +33,7 @@ PROTOCOLS = {"plain": "scenes-qa-2", "clutter": "clutter-qa-1"}
 """By the domain of the scenes."""
 QUESTIONS_PER_SCENE = 3
 MAX_NEW_TOKENS = 128
+_SCENES_AT_ONCE = 256
 
 
 @dataclass
@@ -66,10 +67,11 @@ def held_out_questions(count: int, domain: str = "plain") -> list[AskedScene]:
 
     asked: list[AskedScene] = []
     config = ScenesConfig(seed=HELD_OUT_SEED, domain=domain)
-    scenes = objects_of(sample_scenes(torch.arange(count), config))  # one question a scene is the least there can be
-    for index, objects in enumerate(scenes):
-        for question in ask_questions(objects, question_rng(HELD_OUT_SEED, index), QUESTIONS_PER_SCENE):
-            asked.append(AskedScene(domain, index, objects, question))
+    for start in range(0, count, _SCENES_AT_ONCE):  # one question a scene is the least there can be
+        indices = torch.arange(start, start + _SCENES_AT_ONCE)
+        for index, objects in enumerate(objects_of(sample_scenes(indices, config)), start):
+            for question in ask_questions(objects, question_rng(HELD_OUT_SEED, index), QUESTIONS_PER_SCENE):
+                asked.append(AskedScene(domain, index, objects, question))
         if len(asked) >= count:
             break
     return asked[:count]
