@@ -105,10 +105,8 @@ def test_what_is_wrong_is_counted_for_each_source(write, capsys, tmp_path):
     assert "Rows that cannot be used:\n  row 1 of '" in out
     verdict = out.splitlines()[-1]
     assert verdict.startswith("Training would refuse this data: 4 of 11 conversations cannot be trained on (")
-    assert (
-        "; mend or remove them, check data.image_root, raise data.max_length, or leave them out with data.drop_unusable=true: "
-        in verdict
-    )
+    advice = "mend or remove them, check data.image_root, raise data.max_length, or leave them out with "
+    assert f"; {advice}data.drop_unusable=true: " in verdict
 
 
 def test_rows_that_are_to_be_dropped_are_no_reason_to_refuse(write, capsys):

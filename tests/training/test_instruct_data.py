@@ -122,7 +122,8 @@ def test_unusable_rows_are_refused_or_dropped_and_listed(tmp_path, write, proces
         prepare(tmp_path, processor, path)
     assert str(caught.value) == (
         "2 of 10 conversations cannot be trained on (1 malformed, 1 missing image); mend or remove them, check "
-        f"data.image_root, or leave them out with data.drop_unusable=true: row 1 of '{path}': its image '{tmp_path}/gone.png' does not exist; "
+        f"data.image_root, or leave them out with data.drop_unusable=true: row 1 of '{path}': its image "
+        f"'{tmp_path}/gone.png' does not exist; "
         f"row 2 of '{path}': turns must alternate human, gpt and end with gpt, but they are user."
     )
 
