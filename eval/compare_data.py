@@ -52,12 +52,20 @@ class Texts:
 
 
 def make_texts(
-    tokenizer: PreTrainedTokenizerBase, count: int, *, with_images: bool, max_length: int, workers: int, file: Path
+    tokenizer: PreTrainedTokenizerBase,
+    domain: str,
+    count: int,
+    *,
+    with_images: bool,
+    max_length: int,
+    workers: int,
+    file: Path,
 ) -> Texts:
     """Make and tokenise the conversations about the training scenes 0 .. count - 1, or read them if they are there.
 
     Args:
         tokenizer: the decoder's.
+        domain: of the scenes.
         count: of the scenes.
         with_images: start each conversation with an image.
         max_length: tokens; longer conversations lose their end.
@@ -65,7 +73,7 @@ def make_texts(
         file: where they are kept.
     """
     if not file.is_file():
-        encode = functools.partial(_encode_chunk, tokenizer, with_images, max_length)
+        encode = functools.partial(_encode_chunk, tokenizer, domain, with_images, max_length)
         chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
         if workers == 1 or len(chunks) == 1:
             parts = [encode(chunk) for chunk in chunks]
@@ -83,9 +91,9 @@ def make_texts(
     return Texts(**load_file(file))
 
 
-def scene_conversations(indices: Sequence[int], *, with_images: bool) -> Iterator[list[Message]]:
+def scene_conversations(domain: str, indices: Sequence[int], *, with_images: bool) -> Iterator[list[Message]]:
     """Yield the conversation about each training scene; `with_images` makes it start with an image."""
-    scenes = sample_scenes(torch.tensor(list(indices)), ScenesConfig(seed=TRAINING_SEED))
+    scenes = sample_scenes(torch.tensor(list(indices)), ScenesConfig(seed=TRAINING_SEED, domain=domain))
     for index, objects in zip(indices, objects_of(scenes), strict=True):
         messages: list[Message] = []
         for item in ask_questions(objects, question_rng(TRAINING_SEED, index), _TURNS):
@@ -95,12 +103,12 @@ def scene_conversations(indices: Sequence[int], *, with_images: bool) -> Iterato
 
 
 def _encode_chunk(
-    tokenizer: PreTrainedTokenizerBase, with_images: bool, max_length: int, indices: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, domain: str, with_images: bool, max_length: int, indices: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return arrays, not tensors: between processes each tensor would hold a file open."""
     input_ids = np.full((len(indices), max_length), tokenizer.pad_token_id, dtype=np.int32)
     labels = np.full_like(input_ids, IGNORE_INDEX)
-    for row, messages in enumerate(scene_conversations(indices, with_images=with_images)):
+    for row, messages in enumerate(scene_conversations(domain, indices, with_images=with_images)):
         encoded = encode_conversation(tokenizer, messages, image_seq_length=1).truncated(max_length)
         input_ids[row, : len(encoded.input_ids)] = encoded.input_ids
         labels[row, : len(encoded.labels)] = encoded.labels
@@ -148,18 +156,19 @@ def _widen(values: Tensor, column: int, times: int, value: int) -> Tensor:
     return torch.cat((values[:, :column], values.new_full((len(values), times), value), values[:, column + 1 :]), dim=1)
 
 
-def render_scenes(seed: int, indices: Sequence[int], image_size: int, device: torch.device) -> Tensor:
-    """Draw scenes of a seed: [B, 3, image_size, image_size] uint8."""
-    scenes = sample_scenes(torch.tensor(list(indices), device=device), ScenesConfig(seed=seed))
+def render_scenes(domain: str, seed: int, indices: Sequence[int], image_size: int, device: torch.device) -> Tensor:
+    """Draw scenes of a domain and a seed: [B, 3, image_size, image_size] uint8."""
+    scenes = sample_scenes(torch.tensor(list(indices), device=device), ScenesConfig(seed=seed, domain=domain))
     return render(scenes, image_size)
 
 
 @torch.no_grad()
-def encode_scenes(tower: Tower, seed: int, count: int, *, image_size: int, device: torch.device) -> Tensor:
+def encode_scenes(tower: Tower, domain: str, seed: int, count: int, *, image_size: int, device: torch.device) -> Tensor:
     """Let a frozen tower see the scenes 0 .. count - 1 of a seed, in the precision in which it would while training.
 
     Args:
         tower: its module on the device.
+        domain: of the scenes.
         seed: of the scenes.
         count: of the scenes.
         image_size: side in pixels.
@@ -174,7 +183,7 @@ def encode_scenes(tower: Tower, seed: int, count: int, *, image_size: int, devic
     )
     for start in range(0, count, _IMAGES_AT_ONCE):
         indices = range(start, min(start + _IMAGES_AT_ONCE, count))
-        pixel_values = tower.prepare(render_scenes(seed, indices, image_size, device))
+        pixel_values = tower.prepare(render_scenes(domain, seed, indices, image_size, device))
         with torch.autocast(device.type, torch.bfloat16, enabled=is_cuda):
             features[start : indices.stop] = tower.module(pixel_values)
     return features

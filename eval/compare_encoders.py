@@ -35,7 +35,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "steps": 2000,
         "batch_size": 256,
         "lora_rank": 64,
-        "max_length": 192,
+        "max_length": 256,
     },
     "tiny": {"scenes": 48, "questions": 24, "steps": 3, "batch_size": 8, "lora_rank": 2, "max_length": 96},
 }
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_argument("--teacher", default="demo:clip", help="open_clip model that brings its weights")
     train.add_argument("--encoders", nargs="+", default=["demo:sf_llava"], help="encoders of ours")
     train.add_argument("--decoder", default="demo:decoder")
+    train.add_argument("--domain", choices=("plain", "clutter"), default="plain", help="of the scenes (default: plain)")
     train.add_argument("--variants", nargs="+", help="only these (default: all)")
     train.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="default: 0 1")
     for name, help_text in (
@@ -103,6 +104,7 @@ def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         teacher=options.teacher,
         encoders=tuple(options.encoders),
         decoder=options.decoder,
+        domain=options.domain,
         learning_rate=options.learning_rate,
         **{name: SIZES[options.size][name] if value is None else value for name, value in chosen.items()},
     )

@@ -43,6 +43,7 @@ class Settings:
     teacher: str  # open_clip model that brings its weights, or "demo:clip"
     encoders: tuple[str, ...]  # encoders of ours
     decoder: str
+    domain: str  # of the scenes
     scenes: int  # training scenes
     questions: int  # held-out ones
     steps: int

@@ -24,7 +24,15 @@ from eval.compare_data import (
 from eval.compare_model import join_llava
 from eval.compare_parts import NO_IMAGE, OF_TEACHER, Parts, Settings, Tower
 from eval.rows import provenance
-from eval.scene_qa import HELD_OUT_SEED, AskedScene, generate_answers, held_out_questions, render_prompt, score
+from eval.scene_qa import (
+    HELD_OUT_SEED,
+    PROTOCOLS,
+    AskedScene,
+    generate_answers,
+    held_out_questions,
+    render_prompt,
+    score,
+)
 from sf_mllm.config import write_text_atomically
 from sf_mllm.constants import IMAGE_TOKEN
 from sf_mllm.data.scene_questions import QUESTION_TYPES
@@ -74,6 +82,7 @@ def make_all_texts(settings: Settings, tokenizer: PreTrainedTokenizerBase, out: 
     return {
         kind: make_texts(
             tokenizer,
+            settings.domain,
             settings.scenes + VALIDATION_SCENES,
             with_images=kind == "image",
             max_length=settings.max_length,
@@ -98,7 +107,7 @@ def train_variant(
         parallel: processes that share the device, for the record.
     """
     settings = parts.settings
-    asked = held_out_questions(settings.questions)
+    asked = held_out_questions(settings.questions, settings.domain)
     texts = make_all_texts(settings, parts.tokenizer(), out, workers=1)
     for layer in dict.fromkeys(run.layer for run in runs):
         missing = [run for run in runs if run.layer == layer and not result_file(out, run).is_file()]
@@ -138,7 +147,7 @@ def _see_images(parts: Parts, run: Run, asked: Sequence[AskedScene], device: tor
         return _Seen(None, None, None)
     tower.module.to(device)
     training, held_out = (
-        encode_scenes(tower, seed, count, image_size=parts.image_size, device=device)
+        encode_scenes(tower, parts.settings.domain, seed, count, image_size=parts.image_size, device=device)
         for seed, count in (
             (TRAINING_SEED, parts.settings.scenes + VALIDATION_SCENES),
             (HELD_OUT_SEED, asked[-1].index + 1),
@@ -189,6 +198,7 @@ def _train_and_answer(
     results = {result.type: result for result in score(asked, answers)}
     return {
         "protocol": PROTOCOL,
+        "questions_protocol": PROTOCOLS[settings.domain],
         "variant": run.variant,
         "seed": run.seed,
         "tokens_per_image": num_tokens,

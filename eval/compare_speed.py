@@ -61,7 +61,7 @@ def measure_speed(
     image = ""
     figures: dict[str, Any] = dict.fromkeys(COLUMNS, "")
     if tower is not None:
-        pixels = render_scenes(TRAINING_SEED, range(max(BATCHES)), parts.image_size, device)
+        pixels = render_scenes(parts.settings.domain, TRAINING_SEED, range(max(BATCHES)), parts.image_size, device)
         pixel_values = tower.prepare(pixels).to(dtype)
         image = IMAGE_TOKEN * peer.num_tokens + "\n"
         if compiled:
@@ -101,7 +101,9 @@ def measure_training(
     pixel_values = None
     if tower is not None:
         tower.module.eval()
-        pixels = render_scenes(TRAINING_SEED, range(settings.batch_size), parts.image_size, device)
+        pixels = render_scenes(
+            parts.settings.domain, TRAINING_SEED, range(settings.batch_size), parts.image_size, device
+        )
         pixel_values = tower.prepare(pixels)
     conversations = TensorConversations(
         kind.rows(slice(settings.batch_size)),

@@ -36,7 +36,13 @@ from tests.tiny_text import make_tokenizer
 from tests.tiny_vlm import make_decoder, make_encoder, make_image_processor, make_sf_llava
 
 SETTINGS = Settings(
-    teacher="demo:clip", encoders=("tiny",), decoder="demo:decoder", learning_rate=1e-3, size="tiny", **SIZES["tiny"]
+    teacher="demo:clip",
+    encoders=("tiny",),
+    decoder="demo:decoder",
+    domain="plain",
+    learning_rate=1e-3,
+    size="tiny",
+    **SIZES["tiny"],
 )
 CPU = torch.device("cpu")
 RUN = Run("patches", seed=0, projector_learning_rate=1e-3, layer=-2)
@@ -162,7 +168,7 @@ class TestModel:
             return processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
         tower = Tower(EncoderTokens(encoder), prepare, encoder.config.hidden_size, encoder.config.num_tokens)
-        features = encode_scenes(tower, HELD_OUT_SEED, asked[-1].index + 1, image_size=224, device=CPU)
+        features = encode_scenes(tower, "plain", HELD_OUT_SEED, asked[-1].index + 1, image_size=224, device=CPU)
         reduce = AllTokens(tower.width, tower.num_tokens)
         decoder = make_decoder(vocab_size=model.lm_head.out_features)
         theirs = join_llava(None, reduce, decoder, processor.tokenizer).eval()
@@ -183,7 +189,13 @@ def texts(tmp_path_factory):
     tokenizer = Parts(SETTINGS).tokenizer()
     return {
         kind: make_texts(
-            tokenizer, 12, with_images=kind == "image", max_length=96, workers=1, file=folder / f"{kind}.safetensors"
+            tokenizer,
+            "plain",
+            12,
+            with_images=kind == "image",
+            max_length=96,
+            workers=1,
+            file=folder / f"{kind}.safetensors",
         )
         for kind in ("image", "text")
     }
@@ -199,7 +211,7 @@ class TestData:
         )
         batch = data.__getitems__([5, 0])
         for row, index in enumerate([5, 0]):
-            (messages,) = scene_conversations([index], with_images=True)
+            (messages,) = scene_conversations("plain", [index], with_images=True)
             expected = encode_conversation(tokenizer, messages, image_seq_length=num_tokens).truncated(95 + num_tokens)
             length = len(expected.input_ids)
             assert batch["input_ids"][row, :length].tolist() == expected.input_ids
@@ -224,21 +236,21 @@ class TestData:
         tokenizer = Parts(SETTINGS).tokenizer()
         file = tmp_path / "texts.safetensors"
         arguments = {"with_images": True, "max_length": 96, "workers": 1, "file": file}
-        first = make_texts(tokenizer, 12, **arguments)
+        first = make_texts(tokenizer, "plain", 12, **arguments)
         assert list(tmp_path.iterdir()) == [file]
         written = file.stat().st_mtime_ns
-        again = make_texts(tokenizer, 12, **arguments)
+        again = make_texts(tokenizer, "plain", 12, **arguments)
         assert file.stat().st_mtime_ns == written
         for made in (first, again):
             assert torch.equal(made.input_ids, texts["image"].input_ids)
             assert torch.equal(made.labels, texts["image"].labels)
 
-    @pytest.mark.parametrize("variant", ["patches", "ours-4"])
-    def test_tokens_of_a_scene_are_those_the_tower_makes_of_it(self, variant):
+    @pytest.mark.parametrize(("variant", "domain"), [("patches", "plain"), ("ours-4", "clutter")])
+    def test_tokens_of_a_scene_are_those_the_tower_makes_of_it(self, variant, domain):
         parts = Parts(SETTINGS)
         tower = parts.tower(variant, -2)
-        features = encode_scenes(tower, TRAINING_SEED, 3, image_size=parts.image_size, device=CPU)
-        image = render_scenes(TRAINING_SEED, [2], parts.image_size, CPU)
+        features = encode_scenes(tower, domain, TRAINING_SEED, 3, image_size=parts.image_size, device=CPU)
+        image = render_scenes(domain, TRAINING_SEED, [2], parts.image_size, CPU)
         with torch.no_grad():
             torch.testing.assert_close(features[2:], tower.module(tower.prepare(image)))
         assert features.shape == (3, tower.num_tokens, tower.width)
@@ -330,7 +342,7 @@ class TestTraining:
 
     def test_prompts_are_the_beginning_of_what_was_trained(self):
         tokenizer = Parts(SETTINGS).tokenizer()
-        (messages,) = scene_conversations([0], with_images=True)
+        (messages,) = scene_conversations("plain", [0], with_images=True)
         whole = encode_conversation(tokenizer, messages, image_seq_length=3).input_ids
         content = messages[0].text.replace("<image>", "<image>" * 3)
         prompts = encode_prompts(tokenizer, [content, content + " And what else?"])["input_ids"]
@@ -431,7 +443,7 @@ def test_variants_in_processes_of_their_own(tmp_path, capsys):
 def test_bad_input_is_refused_in_one_line(tmp_path, capsys, arguments, message):
     used = tmp_path / "USED"
     used.mkdir()
-    settings = {"encoders": ["demo:sf_llava"], "teacher": "demo:clip", "decoder": "demo:decoder"}
+    settings = {"encoders": ["demo:sf_llava"], "teacher": "demo:clip", "decoder": "demo:decoder", "domain": "plain"}
     settings |= {"size": "tiny", "learning_rate": 1e-3, **SIZES["tiny"]}
     (used / "settings.json").write_text(json.dumps(settings))
     places = {name: str(tmp_path / name) for name in ("X", "USED")}
