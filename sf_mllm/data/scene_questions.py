@@ -232,7 +232,8 @@ def _ask_relation(objects: Objects, rng: random.Random) -> SceneQuestion | None:
 
 
 def _ask_comparison(objects: Objects, rng: random.Random) -> SceneQuestion | None:
-    for compare in rng.sample((_compare_attribute, _compare_sizes, _compare_counts, _compare_all), 4):
+    forms = (_compare_attribute, _compare_attribute, _compare_sizes, _compare_counts, _compare_all)
+    for compare in rng.sample(forms, len(forms)):
         asked = compare(objects, rng)
         if asked is not None:
             return asked
