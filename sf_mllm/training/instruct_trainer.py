@@ -1,5 +1,6 @@
 """The Trainer of stage two."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -51,6 +52,12 @@ class InstructTrainer(Trainer):
             )
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """Let autocast decide about products under FSDP, too, where accelerate leaves that to FSDP's own casts."""
+        if self.is_fsdp_enabled:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what trains, gathered from all processes; the frozen weights are never gathered for it."""
