@@ -69,6 +69,7 @@ def test_weights_that_are_split_are_refused(monkeypatch):
 @needs_bitsandbytes
 def test_only_the_layers_of_the_decoder_are_quantised(parts, decoder, tmp_path):
     import bitsandbytes
+    from peft.tuners.lora.bnb import Linear4bit
 
     changes = {"decoder": decoder, "dtype": "bfloat16"}
     whole, _ = instruct_run.build_model(make_config(parts, tmp_path / "run", **changes))
@@ -76,6 +77,8 @@ def test_only_the_layers_of_the_decoder_are_quantised(parts, decoder, tmp_path):
     base = model.get_base_model()
     quantised = [name for name, part in model.named_modules() if isinstance(part, bitsandbytes.nn.Linear4bit)]
     assert len(quantised) >= 2 * 7 and all(".language_model." in name for name in quantised)
+    adapted = [part for part in model.modules() if isinstance(part, Linear4bit)]
+    assert len(adapted) == 2 * 7  # PEFT's own class for such layers
     kept = [base.lm_head.weight, *(p for name, p in base.named_parameters() if "vision_tower" in name)]
     assert {p.dtype for p in kept} == {torch.bfloat16, torch.float32}  # coordinates are float32
     # It is known as the decoder that it was made from, and the same weights train.
