@@ -292,7 +292,7 @@ class TestTraining:
     def test_variants_of_a_seed_share_batches_and_the_start_of_their_adapters(self, tmp_path):
         orders, adapters = {}, {}
         (tmp_path / "runs").mkdir()
-        for variant, seed in (("patches", 0), ("none", 0), ("patches", 1)):
+        for variant, seed in (("pixel-shuffle", 0), ("none", 0), ("pixel-shuffle", 1)):
             parts = Parts(replace(SETTINGS, steps=6, batch_size=16))
             run = replace(RUN, variant=variant, seed=seed)
             model, _, num_tokens = build_model(parts, run, parts.tower(variant, -2))
@@ -307,9 +307,9 @@ class TestTraining:
                 get(indices),
             )[1]
             make_trainer(model, parts.settings, run, data, tmp_path, CPU).train()
-        assert len(orders["patches", 0]) >= 6
-        assert orders["patches", 0] == orders["none", 0] != orders["patches", 1]
-        first, second, other = adapters["patches", 0], adapters["none", 0], adapters["patches", 1]
+        assert len(orders["pixel-shuffle", 0]) >= 6
+        assert orders["pixel-shuffle", 0] == orders["none", 0] != orders["pixel-shuffle", 1]
+        first, second, other = adapters["pixel-shuffle", 0], adapters["none", 0], adapters["pixel-shuffle", 1]
         assert first and first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert not all(torch.equal(first[name], other[name]) for name in first)
