@@ -137,7 +137,7 @@ def log_plan(run: RunFolder, trainer: Trainer, model: PeftModel, data: dict[str,
     config: Any = model.get_base_model().config
     arguments = trainer.args
     plan = {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": model.get_nb_trainable_parameters()[1],  # which knows that 4-bit weights are packed
         "parameters_of_projector": sum(count for name, count in trained.items() if PROJECTOR in name),
         "parameters_of_adapters": sum(count for name, count in trained.items() if PROJECTOR not in name),
         "tokens_per_image": config.image_seq_length,

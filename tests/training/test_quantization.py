@@ -88,6 +88,7 @@ def test_only_the_layers_of_the_decoder_are_quantised(parts, decoder, tmp_path):
     actual = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert actual.keys() == expected.keys()
     assert {p.dtype for p in actual.values()} == {torch.float32}
+    assert model.get_nb_trainable_parameters() == whole.get_nb_trainable_parameters()
     assert all(torch.equal(p, expected[name]) for name, p in actual.items() if "projector" in name)
 
 
