@@ -153,9 +153,9 @@ def _speed(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     try:
         found = json.loads((options.out / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        settings = Settings(**{**found, "encoders": tuple(found["encoders"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: settings of another version
         raise InputError(f"'{options.out}' holds no comparison; start the command train first.") from error
-    settings = Settings(**{**found, "encoders": tuple(found["encoders"])})
     parts = Parts(settings)
     device = choose_device(options.device)
     compiled = device.type == "cuda" if options.compile is None else options.compile
