@@ -7,12 +7,15 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+import yaml
 
 from sf_mllm.cli.arguments import parse_arguments
 from sf_mllm.cli.chat import COMMANDS
 from sf_mllm.config import load_run_config
 from sf_mllm.training.bootstrap_config import BootstrapConfig
 from sf_mllm.training.instruct_config import InstructConfig
+from sf_mllm.training.instruct_sources import parse_sources
+from sf_mllm.training.merge import main as merge
 from tests.tiny_vlm import make_encoder, make_image, make_image_processor
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +38,7 @@ def test_links_lead_somewhere():
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_command_exists(words):
+def test_command_exists(words, monkeypatch):
     if words[0] == "bash":
         assert (ROOT / words[1]).is_file()
         if len(words) > 2:
@@ -47,9 +50,23 @@ def test_command_exists(words):
         assert words[start + 1] == "sf_mllm.training.bootstrap"
         load_run_config(BootstrapConfig, ROOT / words[start + 2], words[start + 3 :])
         assert all((ROOT / word).is_file() for word in words[:start] if word.startswith("configs/"))
+    elif words[:3] == ["python", "-m", "sf_mllm.training.check_data"]:
+        load_run_config(InstructConfig, ROOT / words[3], words[4:])
+    elif words[:3] == ["python", "-m", "sf_mllm.training.merge"]:
+        requests = []
+        monkeypatch.setattr("sf_mllm.training.merge_run.run_merge", requests.append)
+        assert merge(words[3:]) == 0 and requests[0].output == "merged"
     else:
         assert words[:3] == ["python", "-m", "sf_mllm.cli"]
         assert parse_arguments(words[3:]).image == "photo.jpg"
+
+
+def test_mixture_of_the_example_is_a_configuration():
+    (example,) = blocks("yaml")
+    data = yaml.safe_load(example)["data"]
+    first, second, third = parse_sources(data["conversations"], data["image_root"])
+    assert (first.weight, second.weight, third.weight) == (1, 2, 0.5) and second.licence == "CC BY 4.0"
+    assert {source.image_root for source in (first, second, third)} == {"/data/images"}
 
 
 def test_every_chat_command_is_named():
