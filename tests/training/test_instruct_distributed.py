@@ -209,6 +209,18 @@ def test_two_processes_killed_and_resumed_end_as_one_that_was_not_disturbed(run_
     assert record["held_out_loss"] > 0
 
 
+@needs_resume
+def test_fsdp_computes_in_bf16_what_one_process_does(run_file, tmp_path):
+    """Under autocast; with none, the first loss is 4e-4 away."""
+    settings = ["dtype=bfloat16", "train.bf16=true", "train.max_steps=1", "train.save_strategy=no"]
+    one = [f"output_dir={tmp_path / 'one'}", "train.gradient_accumulation_steps=4"]
+    instruct_run.run_instruct(load_run_config(InstructConfig, run_file, [*settings, *one]))
+    launcher, _ = how_to_launch("fsdp", tmp_path)
+    done = launch(tmp_path, launcher, str(run_file), *settings, f"output_dir={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+
+
 def test_zero3_may_train_a_decoder_but_not_an_encoder():
     settings = json.loads((ROOT / "configs/deepspeed/zero3.json").read_text())
     arguments = SimpleNamespace(bf16=True, deepspeed_plugin=SimpleNamespace(deepspeed_config=settings))
