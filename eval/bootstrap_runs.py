@@ -90,7 +90,7 @@ def train_study(study_file: Path, overrides: Sequence[str], out: Path, parallel:
 
 def make_rows(paths: Sequence[Path], study: str, note: str = "") -> list[dict[str, Any]]:
     """Return a row for each run; `settings` are those in which the runs differ."""
-    from sf_mllm.training.report_data import read_runs
+    from sf_mllm.training.report.data import read_runs
 
     runs = read_runs(paths)
     names = sorted({name for run in runs for name in run.settings if not name.startswith(_NOT_SETTINGS)})

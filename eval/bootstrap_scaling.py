@@ -206,9 +206,9 @@ def _compare_weights(run: Path, reference: Path) -> tuple[float, float]:
 def _start_weights(run: Path) -> "dict[str, Tensor]":
     """Build the student of a run as it was before the first step."""
     from sf_mllm.config import load_run_config
-    from sf_mllm.training.bootstrap_config import BootstrapConfig
-    from sf_mllm.training.bootstrap_student import build_student
-    from sf_mllm.training.teachers import load_teacher
+    from sf_mllm.training.bootstrap.config import BootstrapConfig
+    from sf_mllm.training.bootstrap.student import build_student
+    from sf_mllm.training.bootstrap.teachers import load_teacher
 
     config = load_run_config(BootstrapConfig, run / "config.yaml")
     return dict(build_student(config, load_teacher(config.teacher))[0].state_dict())

@@ -69,7 +69,7 @@ def count_cores() -> int:
 
 def draw_images(folder: Path, count: int, image_size: int) -> Path:
     """Draw scenes as JPEG files, unless they are there; return their folder."""
-    from sf_mllm.data.scenes import export_scenes
+    from sf_mllm.data.scenes.export import export_scenes
 
     workers = count_cores() if count >= 256 else 1  # a worker takes seconds to start
     return export_scenes(folder, count=count, image_size=image_size, turns=1, workers=workers) / "images"

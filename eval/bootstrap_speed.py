@@ -23,7 +23,7 @@ from eval.bootstrap_sizes import SIZES, count_cores, draw_images, run_overrides
 from sf_mllm.errors import CommandLineParser, InputError, report_input_errors
 
 if TYPE_CHECKING:
-    from sf_mllm.training.bootstrap_config import BootstrapConfig
+    from sf_mllm.training.bootstrap.config import BootstrapConfig
 
 PROTOCOL = "bootstrap-speed-1"
 IMAGES_OF_A_FULL_TRAINING = 20 * 1.28e6
@@ -109,7 +109,7 @@ def measure(config_file: str, overrides: Sequence[str], keep_in_memory: bool) ->
     import torch
 
     from sf_mllm.config import load_run_config
-    from sf_mllm.training.bootstrap_config import BootstrapConfig
+    from sf_mllm.training.bootstrap.config import BootstrapConfig
     from sf_mllm.training.progress import configure_logging
 
     configure_logging()
@@ -129,12 +129,12 @@ def train(config: "BootstrapConfig", keep_in_memory: bool) -> dict[str, Any]:
     import torch
 
     from sf_mllm.training.arguments import make_training_arguments
-    from sf_mllm.training.bootstrap_evaluation import describe_evaluation
-    from sf_mllm.training.bootstrap_images import loader_defaults
-    from sf_mllm.training.bootstrap_run import build_trainer
+    from sf_mllm.training.bootstrap.evaluation import describe_evaluation
+    from sf_mllm.training.bootstrap.images import loader_defaults
+    from sf_mllm.training.bootstrap.run import build_trainer
     from sf_mllm.training.environment import peak_memory_gib
     from sf_mllm.training.progress import report_progress
-    from sf_mllm.training.reinforce_run import make_store
+    from sf_mllm.training.reinforce.run import make_store
     from sf_mllm.training.run_folder import RunFolder
 
     if config.store.path is not None:

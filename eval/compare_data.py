@@ -23,11 +23,11 @@ from eval.compare_parts import Tower
 from sf_mllm.constants import IGNORE_INDEX, IMAGE_TOKEN
 from sf_mllm.data.chat import encode_conversation
 from sf_mllm.data.messages import Message
-from sf_mllm.data.scene_language import objects_of
-from sf_mllm.data.scene_questions import ask_questions
-from sf_mllm.data.scene_render import render
-from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes
-from sf_mllm.data.scenes import question_rng
+from sf_mllm.data.scenes.export import question_rng
+from sf_mllm.data.scenes.language import objects_of
+from sf_mllm.data.scenes.questions import ask_questions
+from sf_mllm.data.scenes.render import render
+from sf_mllm.data.scenes.sampling import ScenesConfig, sample_scenes
 
 TRAINING_SEED = 1
 """Seed of the training scenes, as in scripts/demo/make_demo_model.sh."""

@@ -21,9 +21,9 @@ from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.image_processing_sparseformer import SparseFormerImageProcessor
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.errors import InputError, nearest
-from sf_mllm.training.bootstrap_config import TeacherConfig
-from sf_mllm.training.instruct_parts import load_decoder, load_encoder
-from sf_mllm.training.teachers import OpenClipTeacher, load_teacher
+from sf_mllm.training.bootstrap.config import TeacherConfig
+from sf_mllm.training.bootstrap.teachers import OpenClipTeacher, load_teacher
+from sf_mllm.training.instruct.parts import load_decoder, load_encoder
 
 OF_TEACHER = ("patches", "pixel-shuffle", "resampler", "pooled")
 """Variants that read the teacher's patches, the slowest to train first."""

@@ -35,9 +35,9 @@ from eval.scene_qa import (
 )
 from sf_mllm.config import write_text_atomically
 from sf_mllm.constants import IMAGE_TOKEN
-from sf_mllm.data.scene_questions import QUESTION_TYPES
+from sf_mllm.data.scenes.questions import QUESTION_TYPES
 from sf_mllm.training.arguments import make_training_arguments
-from sf_mllm.training.instruct_trainer import InstructTrainer
+from sf_mllm.training.instruct.trainer import InstructTrainer
 from sf_mllm.training.progress import ProgressReporter
 from sf_mllm.vlm.adapters import add_adapters
 

@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw_rows(folder: Path, count: int) -> Path:
     """Draw scenes with one question each and take the image from every tenth row; return the folder of `rows.json`."""
-    from sf_mllm.data.scenes import CONVERSATIONS_FILE, export_scenes
+    from sf_mllm.data.scenes.export import CONVERSATIONS_FILE, export_scenes
 
     export_scenes(folder, count=count, turns=1)
     rows = json.loads((folder / CONVERSATIONS_FILE).read_text(encoding="utf-8"))

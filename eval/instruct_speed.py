@@ -123,9 +123,9 @@ def train(options: argparse.Namespace, model: str, micro_batch: int, work: Path,
     from sf_mllm.data.collate import ConversationCollator
     from sf_mllm.training.arguments import make_training_arguments
     from sf_mllm.training.environment import peak_memory_gib
-    from sf_mllm.training.instruct_config import InstructConfig
-    from sf_mllm.training.instruct_trainer import InstructTrainer
-    from sf_mllm.training.length_groups import LengthGroupedSampler
+    from sf_mllm.training.instruct.config import InstructConfig
+    from sf_mllm.training.instruct.length_groups import LengthGroupedSampler
+    from sf_mllm.training.instruct.trainer import InstructTrainer
     from sf_mllm.training.progress import report_progress
     from sf_mllm.training.run_folder import RunFolder
     from sf_mllm.vlm.adapters import add_adapters
@@ -228,7 +228,7 @@ def _make_decoder(size: Any, model: str, folder: Path, device: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     from eval.instruct_sizes import make_decoder
-    from sf_mllm.training.quantization import make_quantization_config
+    from sf_mllm.training.instruct.quantization import make_quantization_config
 
     if model != "sparseformer_qlora":
         return make_decoder(size, device)

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def measure(encoder_directory: str, samples: int, device: str, task_set: str = "scenes") -> dict[str, float]:
-    """Run a saved encoder over held-out scenes, see `sf_mllm.training.roi_statistics.measure_on_scenes`."""
-    from sf_mllm.data.scene_tasks import TASK_SETS
+    """Run a saved encoder over held-out scenes, see `sf_mllm.training.bootstrap.roi_statistics.measure_on_scenes`."""
+    from sf_mllm.data.scenes.tasks import TASK_SETS
     from sf_mllm.encoder.image_processing_sparseformer import SparseFormerImageProcessor
     from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
-    from sf_mllm.training.roi_statistics import measure_on_scenes
+    from sf_mllm.training.bootstrap.roi_statistics import measure_on_scenes
 
     if task_set not in TASK_SETS:
         raise InputError(f"There are no scenes '{task_set}'; --tasks takes: {', '.join(TASK_SETS)}.")

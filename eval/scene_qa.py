@@ -23,8 +23,8 @@ from sf_mllm.constants import IMAGE_TOKEN
 from sf_mllm.errors import CommandLineParser, InputError, report_input_errors
 
 if TYPE_CHECKING:
-    from sf_mllm.data.scene_language import SceneObject
-    from sf_mllm.data.scene_questions import SceneQuestion
+    from sf_mllm.data.scenes.language import SceneObject
+    from sf_mllm.data.scenes.questions import SceneQuestion
 
 HELD_OUT_SEED = 4_000_000_002
 """Seed of the evaluation scenes; nothing is trained on it."""
@@ -60,10 +60,10 @@ def held_out_questions(count: int, domain: str = "plain") -> list[AskedScene]:
     """Return the first `count` questions about the held-out scenes of a domain, always the same ones."""
     import torch
 
-    from sf_mllm.data.scene_language import objects_of
-    from sf_mllm.data.scene_questions import ask_questions
-    from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes
-    from sf_mllm.data.scenes import question_rng
+    from sf_mllm.data.scenes.export import question_rng
+    from sf_mllm.data.scenes.language import objects_of
+    from sf_mllm.data.scenes.questions import ask_questions
+    from sf_mllm.data.scenes.sampling import ScenesConfig, sample_scenes
 
     asked: list[AskedScene] = []
     config = ScenesConfig(seed=HELD_OUT_SEED, domain=domain)
@@ -89,7 +89,7 @@ def is_right(question: "SceneQuestion", answer: str) -> bool:
 
 def score(asked: Sequence[AskedScene], answers: Sequence[str]) -> list[QAResult]:
     """Return accuracy and majority baseline of each type, in alphabetical order, then their mean."""
-    from sf_mllm.data.scene_questions import majority_baseline
+    from sf_mllm.data.scenes.questions import majority_baseline
 
     hits: dict[str, list[bool]] = defaultdict(list)
     for item, answer in zip(asked, answers, strict=True):
@@ -118,8 +118,8 @@ def answer_from_images(model: Any, processor: Any, asked: Sequence[AskedScene], 
     """
     import torch
 
-    from sf_mllm.data.scene_render import render
-    from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes
+    from sf_mllm.data.scenes.render import render
+    from sf_mllm.data.scenes.sampling import ScenesConfig, sample_scenes
 
     config = ScenesConfig(seed=HELD_OUT_SEED, domain=asked[0].domain)
 
@@ -141,8 +141,8 @@ def answer_from_texts(model: Any, tokenizer: Any, asked: Sequence[AskedScene], b
         asked: questions of `held_out_questions`.
         batch_size: questions answered at once.
     """
-    from sf_mllm.data.scene_language import describe_for_reading
-    from sf_mllm.data.scenes import question_rng
+    from sf_mllm.data.scenes.export import question_rng
+    from sf_mllm.data.scenes.language import describe_for_reading
 
     def encode(batch: Sequence[AskedScene]) -> Any:
         texts = [describe_for_reading(item.objects, question_rng(HELD_OUT_SEED, item.index)) for item in batch]
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError("--questions and --batch-size must be at least 1.")
 
     from sf_mllm.inference.loading import choose_device, choose_dtype, load_model
-    from sf_mllm.training.instruct_parts import load_decoder
+    from sf_mllm.training.instruct.parts import load_decoder
 
     asked = held_out_questions(options.questions, options.domain)
     device = choose_device(options.device)

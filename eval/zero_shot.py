@@ -1,6 +1,6 @@
 """Zero-shot scores of an open_clip model, or of a SparseFormer in the place of its image tower.
 
-Protocols `scenes-zero-shot-1`, `clutter-zero-shot-1`: held-out scenes of `sf_mllm.data.scene_tasks`; every sample is
+Protocols `scenes-zero-shot-1`, `clutter-zero-shot-1`: held-out scenes of `sf_mllm.data.scenes.tasks`; every sample is
 one rendered scene and a list of texts, exactly one of them true; the answer is the text with the highest cosine
 similarity. Command: `python -m eval.zero_shot --clip DIR [--tasks clutter]`. With `--tasks FOLDER` a user's own tasks,
 protocol `folder-zero-shot-1`: images are squeezed into a square.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sf_mllm.data.zero_shot_tasks import ZeroShotTask
-    from sf_mllm.training.zero_shot import ZeroShotResult
+    from sf_mllm.training.bootstrap.zero_shot import ZeroShotResult
 
 
 def evaluate(
@@ -50,7 +50,7 @@ def evaluate(
     """
     import torch
 
-    from sf_mllm.training.zero_shot import ZeroShotScorer
+    from sf_mllm.training.bootstrap.zero_shot import ZeroShotScorer
 
     shift = torch.tensor(mean, device=device)[:, None, None]
     scale = torch.tensor(std, device=device)[:, None, None]
@@ -85,7 +85,7 @@ def evaluate_directory(
     """
     import open_clip
 
-    from sf_mllm.training.teacher_texts import name_classes, read_tasks
+    from sf_mllm.training.bootstrap.teacher_texts import name_classes, read_tasks
 
     clip_directory = Path(resolve_demo(str(clip_directory)))
     if not (clip_directory / "open_clip_config.json").is_file():
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if options.rows is not None:
         from eval.rows import append_rows
-        from sf_mllm.data.scene_tasks import TASK_SETS
+        from sf_mllm.data.scenes.tasks import TASK_SETS
 
         protocol = f"{options.tasks if options.tasks in TASK_SETS else 'folder'}-zero-shot-1"
         row = {"clip": options.clip, "encoder": options.encoder or "its own", "protocol": protocol}

@@ -7,9 +7,9 @@ from sf_mllm.config import load_run_config
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.errors import InputError
 from sf_mllm.training.arguments import make_training_arguments
-from sf_mllm.training.bootstrap_config import BootstrapConfig
-from sf_mllm.training.bootstrap_student import build_student
-from sf_mllm.training.teachers import load_teacher
+from sf_mllm.training.bootstrap.config import BootstrapConfig
+from sf_mllm.training.bootstrap.student import build_student
+from sf_mllm.training.bootstrap.teachers import load_teacher
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BOOTSTRAP = sorted((CONFIGS / "bootstrap").rglob("*.yaml"))

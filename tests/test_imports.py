@@ -37,7 +37,7 @@ ONLY_IN = {
     "timm": {"training", "encoder/vit_timm.py"},
     "omegaconf": {"config.py", "training"},
     "accelerate": {"training"},
-    "matplotlib": {"training/report_figures.py"},
+    "matplotlib": {"training/report/figures.py"},
     "datasets": {"data/image_specs.py", "data/image_sources.py", "data/tables.py", "data/conversation_tables.py"},
     "webdataset": {"data/image_specs.py", "data/tar_shards.py"},
 }

@@ -12,10 +12,10 @@ import yaml
 from sf_mllm.cli.arguments import parse_arguments
 from sf_mllm.cli.chat import COMMANDS
 from sf_mllm.config import load_run_config
-from sf_mllm.training.bootstrap_config import BootstrapConfig
-from sf_mllm.training.instruct_config import InstructConfig
-from sf_mllm.training.instruct_sources import parse_sources
-from sf_mllm.training.merge import main as merge
+from sf_mllm.training.bootstrap.config import BootstrapConfig
+from sf_mllm.training.instruct.config import InstructConfig
+from sf_mllm.training.instruct.sources import parse_sources
+from sf_mllm.training.merge.__main__ import main as merge
 from tests.tiny_vlm import make_encoder, make_image, make_image_processor
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def test_command_exists(words, monkeypatch):
         load_run_config(InstructConfig, ROOT / words[3], words[4:])
     elif words[:3] == ["python", "-m", "sf_mllm.training.merge"]:
         requests = []
-        monkeypatch.setattr("sf_mllm.training.merge_run.run_merge", requests.append)
+        monkeypatch.setattr("sf_mllm.training.merge.run.run_merge", requests.append)
         assert merge(words[3:]) == 0 and requests[0].output == "merged"
     else:
         assert words[:3] == ["python", "-m", "sf_mllm.cli"]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from scripts.demo.clip_model import IMAGE_SIZE, PATCH_SIZE
 from scripts.demo.scene_supervision import make_twins, patch_owners
-from sf_mllm.data.scene_caption_edits import wrong_captions
-from sf_mllm.data.scene_captions import (
+from sf_mllm.data.scenes.caption_edits import wrong_captions
+from sf_mllm.data.scenes.captions import (
     Captions,
     all_phrases,
     count_captions,
@@ -19,11 +19,11 @@ from sf_mllm.data.scene_captions import (
     phrases_fit,
     relation_captions,
 )
-from sf_mllm.data.scene_domains import DOMAINS
-from sf_mllm.data.scene_draws import Draws
-from sf_mllm.data.scene_render import render
-from sf_mllm.data.scene_sampling import Scenes, ScenesConfig, concatenate, sample_scenes
-from sf_mllm.data.scene_words import tokenize
+from sf_mllm.data.scenes.domains import DOMAINS
+from sf_mllm.data.scenes.draws import Draws
+from sf_mllm.data.scenes.render import render
+from sf_mllm.data.scenes.sampling import Scenes, ScenesConfig, concatenate, sample_scenes
+from sf_mllm.data.scenes.words import tokenize
 
 WRONG_TEXTS = 3  # wrong versions of each caption
 PHASES = ((0.04, 1), (0.1, 2), (0.2, 4), (1.0, 8))  # (until this share of the run, most objects)

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from scripts.demo.shared import refuse_used_directory
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
-from sf_mllm.data.scene_domains import DOMAINS
-from sf_mllm.data.scene_words import BOS, EOS, PAD, WORDS, as_word
+from sf_mllm.data.scenes.domains import DOMAINS
+from sf_mllm.data.scenes.words import BOS, EOS, PAD, WORDS, as_word
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 HEAD_WIDTH = 64

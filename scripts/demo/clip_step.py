@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from scripts.demo.clip_batch import WRONG_TEXTS, Batch, CaptionGroup
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
-from sf_mllm.data.scene_domains import DOMAINS, MAX_OBJECTS
-from sf_mllm.data.scene_sampling import Scenes
+from sf_mllm.data.scenes.domains import DOMAINS, MAX_OBJECTS
+from sf_mllm.data.scenes.sampling import Scenes
 
 _PATCH_ATTRIBUTES = ("color", "shape", "size", "texture")
 

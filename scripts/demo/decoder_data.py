@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from sf_mllm.constants import IGNORE_INDEX
 from sf_mllm.data.messages import Message
-from sf_mllm.data.scene_language import describe_for_reading, objects_of
-from sf_mllm.data.scene_questions import QUESTION_TYPES, ask_questions
-from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes
-from sf_mllm.data.scenes import question_rng
+from sf_mllm.data.scenes.export import question_rng
+from sf_mllm.data.scenes.language import describe_for_reading, objects_of
+from sf_mllm.data.scenes.questions import QUESTION_TYPES, ask_questions
+from sf_mllm.data.scenes.sampling import ScenesConfig, sample_scenes
 
 if TYPE_CHECKING:  # the processes that make data need nothing else of transformers
     from transformers import PreTrainedTokenizerFast

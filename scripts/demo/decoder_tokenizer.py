@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from scripts.demo.decoder_data import SceneConversations
 from sf_mllm.constants import IMAGE_TOKEN
 from sf_mllm.data.chat import accept_image_content
-from sf_mllm.data.scene_domains import DOMAINS
+from sf_mllm.data.scenes.domains import DOMAINS
 
 VOCABULARY_SIZE = 704
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sf_mllm.data.scene_domains import DOMAINS, GLYPHS, UNIT
-from sf_mllm.data.scene_draws import Draws
-from sf_mllm.data.scene_render import render
-from sf_mllm.data.scene_sampling import Scenes, ScenesConfig, sample_scenes
+from sf_mllm.data.scenes.domains import DOMAINS, GLYPHS, UNIT
+from sf_mllm.data.scenes.draws import Draws
+from sf_mllm.data.scenes.render import render
+from sf_mllm.data.scenes.sampling import Scenes, ScenesConfig, sample_scenes
 
 DIGITS = tuple(name for name in GLYPHS if name.startswith("digit "))
 """The classes, in the order of their labels."""

@@ -5,9 +5,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from sf_mllm.data.scene_domains import COLORS, DOMAINS, MAX_OBJECTS, TEXTURES, UNIT
-from sf_mllm.data.scene_draws import Draws, constant
-from sf_mllm.data.scene_sampling import ABSENT, Scenes, choose, other_shape, shows_texture
+from sf_mllm.data.scenes.domains import COLORS, DOMAINS, MAX_OBJECTS, TEXTURES, UNIT
+from sf_mllm.data.scenes.draws import Draws, constant
+from sf_mllm.data.scenes.sampling import ABSENT, Scenes, choose, other_shape, shows_texture
 
 _SWAP_COLORS, _SWAP_SHAPES, _SWAP_BOTH, _MIRROR, _FLIP, _TRANSPOSE, _NEW_COLOR, _NEW_SHAPE, _DROP = range(9)
 _SWAP_TEXTURES, _NEW_TEXTURE, _SWAP_DEPTH = range(9, 12)

@@ -39,10 +39,10 @@ from scripts.demo.clip_step import (
     split_text,
 )
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
-from sf_mllm.data.scene_domains import DOMAINS
-from sf_mllm.data.scene_tasks import build_tasks, task_set_of
+from sf_mllm.data.scenes.domains import DOMAINS
+from sf_mllm.data.scenes.tasks import build_tasks, task_set_of
 from sf_mllm.errors import InputError, report_input_errors
-from sf_mllm.training.zero_shot import ZeroShotResult, format_results
+from sf_mllm.training.bootstrap.zero_shot import ZeroShotResult, format_results
 
 PATCH_LOSS_WEIGHTS = (0.3, 0.03)  # at the start and at the end of the run
 LEARNING_RATE = 1e-3

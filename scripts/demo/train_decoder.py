@@ -26,7 +26,7 @@ from scripts.demo.decoder_data import EncodedBatches, SceneConversations, load_b
 from scripts.demo.decoder_tokenizer import train_tokenizer
 from scripts.demo.shared import Budget, refuse_used_directory
 from sf_mllm.constants import IGNORE_INDEX
-from sf_mllm.data.scene_domains import DOMAINS
+from sf_mllm.data.scenes.domains import DOMAINS
 from sf_mllm.errors import CommandLineParser, InputError, report_input_errors
 from sf_mllm.training.progress import configure_logging
 from sf_mllm.training.run_folder import write_directory_atomically

@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import permutations
 
-from sf_mllm.data.scene_domains import COLORS, GLYPHS, PLACES, SHAPES, SIZE_ORDER, SIZES, TEXTURES, UNIT
-from sf_mllm.data.scene_language import AREA_PHRASES, PLACE_PHRASES, RELATION_PHRASES, SceneObject
-from sf_mllm.data.scene_phrasings import PHRASINGS
+from sf_mllm.data.scenes.domains import COLORS, GLYPHS, PLACES, SHAPES, SIZE_ORDER, SIZES, TEXTURES, UNIT
+from sf_mllm.data.scenes.language import AREA_PHRASES, PLACE_PHRASES, RELATION_PHRASES, SceneObject
+from sf_mllm.data.scenes.phrasings import PHRASINGS
 
 _NOUNS = {"object": None, **{shape: shape for shape in SHAPES}, **{name.replace(" ", "_"): name for name in GLYPHS}}
 _PLURAL_NOUNS = {
@@ -102,7 +102,7 @@ def related(relation: str, a: SceneObject, b: SceneObject) -> bool:
 
 
 def caption_holds(text: str, objects: Sequence[SceneObject]) -> bool:
-    """Tell exactly whether a caption in the words of `scene_captions` is true of a scene."""
+    """Tell exactly whether a caption in the words of `scenes.captions` is true of a scene."""
     text = join_glyphs(text)
     for relation in _RELATIONS:
         if f" {relation} " in text:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sf_mllm.data import scenes as scenes_module
-from sf_mllm.data.scene_domains import COLORS, MAX_OBJECTS, SHAPES, SIZES, UNIT
-from sf_mllm.data.scene_draws import Draws
-from sf_mllm.data.scene_render import render
-from sf_mllm.data.scene_sampling import Scenes, ScenesConfig, concatenate, sample_scenes, tensor_fields
-from sf_mllm.data.scenes import export_scenes, main
+from sf_mllm.data.scenes import export
+from sf_mllm.data.scenes.__main__ import main
+from sf_mllm.data.scenes.domains import COLORS, MAX_OBJECTS, SHAPES, SIZES, UNIT
+from sf_mllm.data.scenes.draws import Draws
+from sf_mllm.data.scenes.export import export_scenes
+from sf_mllm.data.scenes.render import render
+from sf_mllm.data.scenes.sampling import Scenes, ScenesConfig, concatenate, sample_scenes, tensor_fields
 from sf_mllm.errors import InputError
 
 
@@ -229,7 +230,7 @@ def test_failed_export_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(scenes_module, "_export_chunk", fail)
+    monkeypatch.setattr(export, "_export_chunk", fail)
     with pytest.raises(OSError, match="disk full"):
         export_scenes(tmp_path / "scenes", 4)
     assert list(tmp_path.iterdir()) == []
@@ -247,7 +248,7 @@ def test_command_reports_bad_input_and_helps_without_torch(tmp_path, capsys):
     assert main([str(tmp_path / "out"), "--count", "0"]) == 2
     assert capsys.readouterr().err == "error: 0 scenes cannot be exported; give a count from 1 to 10000000.\n"
     code = (
-        "import sys; from sf_mllm.data.scenes import main\n"
+        "import sys; from sf_mllm.data.scenes.__main__ import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: assert not {'torch', 'transformers', 'PIL'} & set(sys.modules)"
     )

@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 import torch
 
-from sf_mllm.data.scene_caption_edits import wrong_captions
-from sf_mllm.data.scene_captions import (
+from sf_mllm.data.scenes.caption_edits import wrong_captions
+from sf_mllm.data.scenes.captions import (
     ANY,
     COUNT,
     LIST,
@@ -19,11 +19,11 @@ from sf_mllm.data.scene_captions import (
     phrases_fit,
     relation_captions,
 )
-from sf_mllm.data.scene_domains import COLORS, DOMAINS, SHAPES, TEXTURES
-from sf_mllm.data.scene_draws import Draws
-from sf_mllm.data.scene_language import objects_of
-from sf_mllm.data.scene_sampling import ScenesConfig, choose, concatenate, sample_scenes, tensor_fields
-from sf_mllm.data.scene_words import BOS, EOS, PAD, WORDS, tokenize
+from sf_mllm.data.scenes.domains import COLORS, DOMAINS, SHAPES, TEXTURES
+from sf_mllm.data.scenes.draws import Draws
+from sf_mllm.data.scenes.language import objects_of
+from sf_mllm.data.scenes.sampling import ScenesConfig, choose, concatenate, sample_scenes, tensor_fields
+from sf_mllm.data.scenes.words import BOS, EOS, PAD, WORDS, tokenize
 from tests.data.scene_oracle import caption_holds
 
 INDICES = torch.arange(500)

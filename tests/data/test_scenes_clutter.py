@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sf_mllm.data import scene_render
-from sf_mllm.data.scene_domains import COLORS, DOMAINS, GLYPHS, MAX_OBJECTS, SHAPES, TEXTURES, UNIT
-from sf_mllm.data.scene_glyphs import DOODLES, FORMS, distance_tables
-from sf_mllm.data.scene_overlap import CLEARLY_HIDDEN, MOST_HIDDEN, MOST_HIDDEN_GLYPH
-from sf_mllm.data.scene_render import render
-from sf_mllm.data.scene_sampling import Scenes, ScenesConfig, concatenate, sample_scenes, shows_texture, tensor_fields
+from sf_mllm.data.scenes import render as scene_render
+from sf_mllm.data.scenes.domains import COLORS, DOMAINS, GLYPHS, MAX_OBJECTS, SHAPES, TEXTURES, UNIT
+from sf_mllm.data.scenes.glyphs import DOODLES, FORMS, distance_tables
+from sf_mllm.data.scenes.overlap import CLEARLY_HIDDEN, MOST_HIDDEN, MOST_HIDDEN_GLYPH
+from sf_mllm.data.scenes.render import render
+from sf_mllm.data.scenes.sampling import Scenes, ScenesConfig, concatenate, sample_scenes, shows_texture, tensor_fields
 from sf_mllm.errors import InputError
 
 CLUTTER = DOMAINS["clutter"]

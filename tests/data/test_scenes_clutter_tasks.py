@@ -6,13 +6,13 @@ from collections import Counter
 import pytest
 import torch
 
-from sf_mllm.data.scene_captions import full_captions
-from sf_mllm.data.scene_domains import GLYPHS, SHAPES, SIZE_ORDER, TEXTURES
-from sf_mllm.data.scene_language import describe, describe_briefly, describe_for_reading, objects_of
-from sf_mllm.data.scene_questions import ask_questions
-from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes
-from sf_mllm.data.scene_tasks import build_tasks
-from sf_mllm.data.scene_words import WORDS, tokenize
+from sf_mllm.data.scenes.captions import full_captions
+from sf_mllm.data.scenes.domains import GLYPHS, SHAPES, SIZE_ORDER, TEXTURES
+from sf_mllm.data.scenes.language import describe, describe_briefly, describe_for_reading, objects_of
+from sf_mllm.data.scenes.questions import ask_questions
+from sf_mllm.data.scenes.sampling import ScenesConfig, sample_scenes
+from sf_mllm.data.scenes.tasks import build_tasks
+from sf_mllm.data.scenes.words import WORDS, tokenize
 from tests.data.scene_oracle import (
     caption_holds,
     description_holds,

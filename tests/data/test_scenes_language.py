@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from sf_mllm.data.scene_domains import PLACES, UNIT
-from sf_mllm.data.scene_language import (
+from sf_mllm.data.scenes.domains import PLACES, UNIT
+from sf_mllm.data.scenes.language import (
     AREA_PHRASES,
     PLACE_PHRASES,
     SceneObject,
@@ -17,9 +17,9 @@ from sf_mllm.data.scene_language import (
     is_in_area,
     objects_of,
 )
-from sf_mllm.data.scene_phrasings import PHRASINGS
-from sf_mllm.data.scene_questions import QUESTION_TYPES, SceneQuestion, ask_questions, majority_baseline
-from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes
+from sf_mllm.data.scenes.phrasings import PHRASINGS
+from sf_mllm.data.scenes.questions import QUESTION_TYPES, SceneQuestion, ask_questions, majority_baseline
+from sf_mllm.data.scenes.sampling import ScenesConfig, sample_scenes
 from tests.data.scene_oracle import TEMPLATES, description_holds, read_question, read_scene, right_answer
 
 

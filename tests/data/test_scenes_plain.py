@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sf_mllm.data.scene_caption_edits import wrong_captions
-from sf_mllm.data.scene_captions import (
+from sf_mllm.data.scenes.caption_edits import wrong_captions
+from sf_mllm.data.scenes.captions import (
     count_captions,
     full_captions,
     list_captions,
@@ -16,12 +16,12 @@ from sf_mllm.data.scene_captions import (
     phrase_captions,
     relation_captions,
 )
-from sf_mllm.data.scene_draws import Draws
-from sf_mllm.data.scene_language import describe, describe_briefly, describe_for_reading, objects_of
-from sf_mllm.data.scene_questions import ask_questions
-from sf_mllm.data.scene_render import render
-from sf_mllm.data.scene_sampling import Scenes, ScenesConfig, sample_scenes
-from sf_mllm.data.scene_words import WORDS, tokenize
+from sf_mllm.data.scenes.draws import Draws
+from sf_mllm.data.scenes.language import describe, describe_briefly, describe_for_reading, objects_of
+from sf_mllm.data.scenes.questions import ask_questions
+from sf_mllm.data.scenes.render import render
+from sf_mllm.data.scenes.sampling import Scenes, ScenesConfig, sample_scenes
+from sf_mllm.data.scenes.words import WORDS, tokenize
 
 INDICES = torch.arange(300)
 FIRST_WORDS = 54  # the vocabulary may grow at its end only

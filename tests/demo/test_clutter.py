@@ -11,11 +11,11 @@ from scripts.demo.clip_model import build_tokenizer
 from scripts.demo.clip_step import patch_classes, patch_loss
 from scripts.demo.scene_supervision import make_twins, patch_owners
 from scripts.demo.train_clip import main
-from sf_mllm.data.scene_captions import count_captions, list_captions, phrase_captions, relation_captions
-from sf_mllm.data.scene_domains import DOMAINS, SHAPES
-from sf_mllm.data.scene_draws import Draws
-from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes, tensor_fields
-from sf_mllm.data.scene_words import WORDS, tokenize
+from sf_mllm.data.scenes.captions import count_captions, list_captions, phrase_captions, relation_captions
+from sf_mllm.data.scenes.domains import DOMAINS, SHAPES
+from sf_mllm.data.scenes.draws import Draws
+from sf_mllm.data.scenes.sampling import ScenesConfig, sample_scenes, tensor_fields
+from sf_mllm.data.scenes.words import WORDS, tokenize
 
 INDICES = torch.arange(500)
 CLUTTER = DOMAINS["clutter"]

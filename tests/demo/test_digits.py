@@ -6,8 +6,8 @@ import torch
 from scripts.demo.digit_images import main
 from scripts.demo.digits import BACKGROUND, DIGITS, HELD_OUT_SEED, draw_digits
 from sf_mllm.data.image_io import open_image
-from sf_mllm.data.scene_language import objects_of
-from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes
+from sf_mllm.data.scenes.language import objects_of
+from sf_mllm.data.scenes.sampling import ScenesConfig, sample_scenes
 from sf_mllm.data.zero_shot_tasks import read_task_folder
 from sf_mllm.errors import InputError
 

@@ -9,9 +9,9 @@ from scripts.demo import train_classifier
 from scripts.demo.digit_images import main as export
 from scripts.demo.digits import BACKGROUND, DIGITS, HELD_OUT_SEED, draw_digits
 from scripts.demo.train_classifier import DigitTask, build_vit, evaluate, main
-from sf_mllm.training.bootstrap_config import EvaluationConfig, TeacherConfig
-from sf_mllm.training.teacher_texts import make_scorer
-from sf_mllm.training.teachers import load_teacher
+from sf_mllm.training.bootstrap.config import EvaluationConfig, TeacherConfig
+from sf_mllm.training.bootstrap.teacher_texts import make_scorer
+from sf_mllm.training.bootstrap.teachers import load_teacher
 
 MODEL = "test_vit"  # 160 pixels, 6 blocks of width 64
 

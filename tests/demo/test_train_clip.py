@@ -19,7 +19,7 @@ from scripts.demo.clip_step import (
 )
 from scripts.demo.scene_supervision import make_twins, patch_owners
 from scripts.demo.train_clip import main
-from sf_mllm.data.scene_captions import (
+from sf_mllm.data.scenes.captions import (
     count_captions,
     full_captions,
     list_captions,
@@ -27,11 +27,11 @@ from sf_mllm.data.scene_captions import (
     phrase_captions,
     relation_captions,
 )
-from sf_mllm.data.scene_domains import DOMAINS, MAX_OBJECTS, UNIT
-from sf_mllm.data.scene_draws import Draws
-from sf_mllm.data.scene_language import objects_of
-from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes
-from sf_mllm.data.scene_words import PAD, WORDS, tokenize
+from sf_mllm.data.scenes.domains import DOMAINS, MAX_OBJECTS, UNIT
+from sf_mllm.data.scenes.draws import Draws
+from sf_mllm.data.scenes.language import objects_of
+from sf_mllm.data.scenes.sampling import ScenesConfig, sample_scenes
+from sf_mllm.data.scenes.words import PAD, WORDS, tokenize
 
 INDICES = torch.arange(400)
 PLAIN = DOMAINS["plain"]

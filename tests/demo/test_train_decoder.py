@@ -13,10 +13,10 @@ from scripts.demo.shared import Budget
 from scripts.demo.train_decoder import DecoderTraining, build_decoder, main
 from sf_mllm.constants import IGNORE_INDEX
 from sf_mllm.data.chat import encode_conversation, stop_token
-from sf_mllm.data.scene_domains import COLORS, DOMAINS, SHAPES, SIZE_ORDER, TEXTURES, plural_noun
-from sf_mllm.data.scene_language import AREA_PHRASES, PLACE_PHRASES, RELATION_PHRASES
-from sf_mllm.data.scene_phrasings import PHRASINGS
-from sf_mllm.data.scene_questions import QUESTION_TYPES
+from sf_mllm.data.scenes.domains import COLORS, DOMAINS, SHAPES, SIZE_ORDER, TEXTURES, plural_noun
+from sf_mllm.data.scenes.language import AREA_PHRASES, PLACE_PHRASES, RELATION_PHRASES
+from sf_mllm.data.scenes.phrasings import PHRASINGS
+from sf_mllm.data.scenes.questions import QUESTION_TYPES
 
 
 @pytest.fixture(scope="module")

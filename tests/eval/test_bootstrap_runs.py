@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from eval.bootstrap_runs import main
 from sf_mllm.config import load_run_config
-from sf_mllm.training.bootstrap_config import BootstrapConfig
+from sf_mllm.training.bootstrap.config import BootstrapConfig
 
 ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "eval/studies"

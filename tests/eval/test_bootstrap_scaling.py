@@ -6,7 +6,7 @@ import torch
 
 from eval import bootstrap_scaling
 from eval.bootstrap_scaling import ZERO2, main
-from sf_mllm.training import bootstrap
+from sf_mllm.training.bootstrap import __main__ as bootstrap
 
 REHEARSAL = ["--size", "tiny", "--no-compile", "--steps", "4", "--files", "8", "--file-size", "64"]
 

@@ -31,7 +31,7 @@ from eval.peers.teacher_patches import TeacherPatches
 from eval.scene_qa import HELD_OUT_SEED, answer_from_images, held_out_questions
 from sf_mllm.data.chat import encode_conversation
 from sf_mllm.errors import InputError
-from sf_mllm.training.instruct_parts import join
+from sf_mllm.training.instruct.parts import join
 from tests.tiny_text import make_tokenizer
 from tests.tiny_vlm import make_decoder, make_encoder, make_image_processor, make_sf_llava
 

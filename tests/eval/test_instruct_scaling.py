@@ -7,7 +7,7 @@ import pytest
 
 from eval import instruct_scaling
 from eval.instruct_scaling import _run, draw_rows, main
-from sf_mllm.training import instruct
+from sf_mllm.training.instruct import __main__ as instruct
 
 
 def test_each_arrangement_is_compared_with_the_first(tmp_path, monkeypatch):

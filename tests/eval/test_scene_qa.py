@@ -14,7 +14,7 @@ from eval.scene_qa import (
     main,
     score,
 )
-from sf_mllm.data.scene_questions import SceneQuestion
+from sf_mllm.data.scenes.questions import SceneQuestion
 from tests.tiny_text import make_tokenizer
 from tests.tiny_vlm import make_decoder, make_sf_llava
 

@@ -7,11 +7,11 @@ from torch import nn
 from eval.zero_shot import evaluate, evaluate_directory, main
 from scripts.demo.clip_model import build_model, build_tokenizer, create_directory, model_config, save_weights
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
-from sf_mllm.data.scene_captions import full_captions
-from sf_mllm.data.scene_language import objects_of
-from sf_mllm.data.scene_render import render
-from sf_mllm.data.scene_tasks import build_tasks
-from sf_mllm.data.scene_words import tokenize
+from sf_mllm.data.scenes.captions import full_captions
+from sf_mllm.data.scenes.language import objects_of
+from sf_mllm.data.scenes.render import render
+from sf_mllm.data.scenes.tasks import build_tasks
+from sf_mllm.data.scenes.words import tokenize
 from sf_mllm.errors import InputError
 from tests.data.scene_oracle import caption_holds
 from tests.encoder.tiny import tiny_model

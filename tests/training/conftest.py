@@ -102,7 +102,7 @@ def parts(tmp_path_factory):
 @pytest.fixture
 def kill_after_step(monkeypatch):
     """A function that makes every run of stage two from now on die after a step; after None, none."""
-    from sf_mllm.training import instruct_run
+    from sf_mllm.training.instruct import run as instruct_run
     from tests.training.tiny_instruct import KillAfterStep
 
     original = instruct_run.report_progress

@@ -14,15 +14,15 @@ from sf_mllm.config import load_run_config
 from sf_mllm.encoder.image_processing_sparseformer import SparseFormerImageProcessor
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel, SparseFormerOutput
 from sf_mllm.training.arguments import make_training_arguments
-from sf_mllm.training.bootstrap import main
-from sf_mllm.training.bootstrap_config import BootstrapConfig
-from sf_mllm.training.bootstrap_images import prepare_images
-from sf_mllm.training.bootstrap_run import build_trainer, run_bootstrap
-from sf_mllm.training.bootstrap_student import build_student, count_trained_blocks
-from sf_mllm.training.bootstrap_task import BootstrapTask
-from sf_mllm.training.losses import average_in_rois
+from sf_mllm.training.bootstrap.__main__ import main
+from sf_mllm.training.bootstrap.config import BootstrapConfig
+from sf_mllm.training.bootstrap.images import prepare_images
+from sf_mllm.training.bootstrap.losses import average_in_rois
+from sf_mllm.training.bootstrap.run import build_trainer, run_bootstrap
+from sf_mllm.training.bootstrap.student import build_student, count_trained_blocks
+from sf_mllm.training.bootstrap.task import BootstrapTask
+from sf_mllm.training.bootstrap.teachers import load_teacher
 from sf_mllm.training.run_folder import RunFolder
-from sf_mllm.training.teachers import load_teacher
 
 
 def read(run_file, *overrides):
@@ -105,7 +105,7 @@ def test_blocks_up_to_two_thirds_of_the_teacher_train(num_blocks, first, expecte
 
 KILLED_AT_STEP_5 = """
 import os, signal, sys
-from sf_mllm.training.bootstrap import main
+from sf_mllm.training.bootstrap.__main__ import main
 from sf_mllm.training.progress import ProgressReporter
 
 def kill(self, args, state, control, **kwargs):
@@ -288,7 +288,7 @@ def test_files_that_change_during_a_run_are_noticed(run_file, tmp_path):
 
 def test_help_imports_neither_torch_nor_transformers():
     code = (
-        "import sys, sf_mllm.training.bootstrap as b\n"
+        "import sys, sf_mllm.training.bootstrap.__main__ as b\n"
         "try: b.main(['--help'])\nexcept SystemExit: pass\n"
         "assert not {'torch', 'transformers', 'omegaconf'} & sys.modules.keys()"
     )

@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from eval.roi_stats import measure
 from eval.zero_shot import evaluate_directory
 from sf_mllm.config import load_run_config
-from sf_mllm.data.scene_tasks import SceneImages
+from sf_mllm.data.scenes.tasks import SceneImages
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
-from sf_mllm.training.bootstrap import main
-from sf_mllm.training.bootstrap_config import BootstrapConfig
-from sf_mllm.training.bootstrap_evaluation import describe_evaluation
-from sf_mllm.training.bootstrap_run import run_bootstrap
-from sf_mllm.training.region_snapshots import RegionSnapshot, load_snapshots, save_snapshot
-from sf_mllm.training.teachers import OpenClipTeacher
+from sf_mllm.training.bootstrap.__main__ import main
+from sf_mllm.training.bootstrap.config import BootstrapConfig
+from sf_mllm.training.bootstrap.evaluation import describe_evaluation
+from sf_mllm.training.bootstrap.region_snapshots import RegionSnapshot, load_snapshots, save_snapshot
+from sf_mllm.training.bootstrap.run import run_bootstrap
+from sf_mllm.training.bootstrap.teachers import OpenClipTeacher
 from tests.training.conftest import CLIP_CONFIG
 
 SAMPLES = 5
@@ -234,7 +234,7 @@ def test_bad_settings_end_with_one_line(run_file, overrides, message, capfd):
 def test_the_speed_is_that_of_training_alone(run_file, clip_directory, monkeypatch):
     """Evaluations that take a thousand seconds on the clock, between steps that take next to none."""
     import sf_mllm.training.progress as progress
-    from sf_mllm.training.bootstrap_evaluation import BootstrapEvaluation
+    from sf_mllm.training.bootstrap.evaluation import BootstrapEvaluation
 
     offset = [0.0]
     clock = progress.time.monotonic

@@ -21,10 +21,10 @@ from sf_mllm.data.image_sources import ImagesInMemory
 from sf_mllm.data.image_streams import StreamedImages
 from sf_mllm.errors import InputError
 from sf_mllm.training.arguments import make_training_arguments
-from sf_mllm.training.bootstrap import main
-from sf_mllm.training.bootstrap_config import BootstrapConfig, DataConfig
-from sf_mllm.training.bootstrap_images import crop_settings, find_run_images, loader_defaults, make_datasets
-from sf_mllm.training.bootstrap_run import run_bootstrap
+from sf_mllm.training.bootstrap.__main__ import main
+from sf_mllm.training.bootstrap.config import BootstrapConfig, DataConfig
+from sf_mllm.training.bootstrap.images import crop_settings, find_run_images, loader_defaults, make_datasets
+from sf_mllm.training.bootstrap.run import run_bootstrap
 from sf_mllm.training.run_folder import RunFolder
 
 
@@ -71,7 +71,7 @@ def find(run_file, *overrides):
 
 KILLED_AT_STEP_5 = """
 import os, signal, sys
-from sf_mllm.training.bootstrap import main
+from sf_mllm.training.bootstrap.__main__ import main
 from sf_mllm.training.progress import ProgressReporter
 
 def kill(self, args, state, control, **kwargs):

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
-from sf_mllm.training.bootstrap import main
-from sf_mllm.training.bootstrap_config import BootstrapConfig, LossConfig, StudentConfig, TeacherConfig
-from sf_mllm.training.bootstrap_student import build_student
-from sf_mllm.training.bootstrap_task import BootstrapTask
-from sf_mllm.training.losses import classification_loss, embedding_loss
-from sf_mllm.training.teachers import TimmTeacher
+from sf_mllm.training.bootstrap.__main__ import main
+from sf_mllm.training.bootstrap.config import BootstrapConfig, LossConfig, StudentConfig, TeacherConfig
+from sf_mllm.training.bootstrap.losses import classification_loss, embedding_loss
+from sf_mllm.training.bootstrap.student import build_student
+from sf_mllm.training.bootstrap.task import BootstrapTask
+from sf_mllm.training.bootstrap.teachers import TimmTeacher
 from tests.training.conftest import STUDENT
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}

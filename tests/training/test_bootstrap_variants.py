@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from sf_mllm.config import load_run_config
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel, SparseFormerOutput
-from sf_mllm.training.bootstrap import main
-from sf_mllm.training.bootstrap_config import BootstrapConfig
-from sf_mllm.training.bootstrap_run import run_bootstrap
-from sf_mllm.training.bootstrap_student import build_student, find_state_blocks
-from sf_mllm.training.bootstrap_task import BootstrapTask
-from sf_mllm.training.teachers import load_teacher
+from sf_mllm.training.bootstrap.__main__ import main
+from sf_mllm.training.bootstrap.config import BootstrapConfig
+from sf_mllm.training.bootstrap.run import run_bootstrap
+from sf_mllm.training.bootstrap.student import build_student, find_state_blocks
+from sf_mllm.training.bootstrap.task import BootstrapTask
+from sf_mllm.training.bootstrap.teachers import load_teacher
 from tests.training.test_bootstrap import KILLED_AT_STEP_5, make_trainer
 
 EVERYTHING = ["loss.relations=2", "loss.states=0.5", "loss.reconstruction=0.25", "loss.attraction=3", "ema_decay=0.7"]
@@ -156,7 +156,7 @@ def test_all_blocks_and_the_head_train_on_request(run_file):
 
 
 def test_a_store_is_enough_for_reconstruction(run_file, tmp_path):
-    from sf_mllm.training.reinforce import main as make_store
+    from sf_mllm.training.reinforce.__main__ import main as make_store
 
     overrides = [f"store.path={tmp_path / 'store'}", "store.grid=2", "loss.reconstruction=1", "loss.relations=1"]
     assert make_store([str(run_file), *overrides]) == 0

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sf_mllm.training import check_data
+from sf_mllm.training.check_data import __main__ as check_data
 from tests.tiny_text import make_tokenizer
 from tests.tiny_vlm import NUM_TOKENS, make_encoder, make_image
 

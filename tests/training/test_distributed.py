@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from sf_mllm.config import load_run_config
 from sf_mllm.errors import InputError
-from sf_mllm.training.bootstrap_config import BootstrapConfig
-from sf_mllm.training.bootstrap_run import run_bootstrap
+from sf_mllm.training.bootstrap.config import BootstrapConfig
+from sf_mllm.training.bootstrap.run import run_bootstrap
+from sf_mllm.training.bootstrap.teachers import load_teacher
 from sf_mllm.training.processes import check_processes, check_strategy
 from sf_mllm.training.run_folder import RunFolder
-from sf_mllm.training.teachers import load_teacher
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -33,7 +33,7 @@ DDP_RESUMES_ON_CPUS = Version(transformers.__version__) >= Version("5.23")
 
 ENTRY_POINT = """
 import os, signal, sys
-from sf_mllm.training.bootstrap import main
+from sf_mllm.training.bootstrap.__main__ import main
 from sf_mllm.training.processes import end_process
 from sf_mllm.training.progress import ProgressReporter
 

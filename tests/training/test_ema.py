@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sf_mllm.config import load_run_config
-from sf_mllm.training.bootstrap_config import BootstrapConfig
-from sf_mllm.training.bootstrap_run import run_bootstrap
-from sf_mllm.training.bootstrap_student import build_student
-from sf_mllm.training.ema import WeightAverage
-from sf_mllm.training.teachers import load_teacher
+from sf_mllm.training.bootstrap.config import BootstrapConfig
+from sf_mllm.training.bootstrap.ema import WeightAverage
+from sf_mllm.training.bootstrap.run import run_bootstrap
+from sf_mllm.training.bootstrap.student import build_student
+from sf_mllm.training.bootstrap.teachers import load_teacher
 
 
 def step(average, number):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sf_mllm.training.feature_decoder import FeatureDecoder, StudentWithDecoder
-from sf_mllm.training.losses import average_in_rois, reconstruction_loss
+from sf_mllm.training.bootstrap.feature_decoder import FeatureDecoder, StudentWithDecoder
+from sf_mllm.training.bootstrap.losses import average_in_rois, reconstruction_loss
 from tests.encoder.tiny import tiny_model
 
 

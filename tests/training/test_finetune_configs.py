@@ -9,8 +9,8 @@ from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.errors import InputError
 from sf_mllm.training.arguments import make_training_arguments
-from sf_mllm.training.instruct_config import InstructConfig
-from sf_mllm.training.instruct_parts import join
+from sf_mllm.training.instruct.config import InstructConfig
+from sf_mllm.training.instruct.parts import join
 from sf_mllm.vlm.adapters import PROJECTOR, add_adapters
 from tests.tiny_text import make_tokenizer
 from tests.tiny_vlm import make_image_processor

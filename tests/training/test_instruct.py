@@ -9,8 +9,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sf_mllm import register_auto_classes
 from sf_mllm.errors import InputError
-from sf_mllm.training import instruct, instruct_run
-from sf_mllm.training.instruct_data import prepare_data
+from sf_mllm.training.instruct import __main__ as instruct
+from sf_mllm.training.instruct import run as instruct_run
+from sf_mllm.training.instruct.data import prepare_data
 from sf_mllm.training.run_folder import RunFolder
 from sf_mllm.vlm.adapters import trained_parameter_groups
 from tests.tiny_vlm import make_image

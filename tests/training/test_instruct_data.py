@@ -5,10 +5,10 @@ import pytest
 
 from sf_mllm.config import load_run_config
 from sf_mllm.errors import InputError
-from sf_mllm.training import instruct_data
-from sf_mllm.training.instruct_config import InstructConfig
-from sf_mllm.training.instruct_data import prepare_data
-from sf_mllm.training.instruct_sources import SourceSettings, parse_sources
+from sf_mllm.training.instruct import data as instruct_data
+from sf_mllm.training.instruct.config import InstructConfig
+from sf_mllm.training.instruct.data import prepare_data
+from sf_mllm.training.instruct.sources import SourceSettings, parse_sources
 from sf_mllm.training.run_folder import RunFolder
 from sf_mllm.vlm.processing_sf_llava import SFLlavaProcessor
 from tests.tiny_text import make_tokenizer

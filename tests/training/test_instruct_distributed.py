@@ -22,10 +22,10 @@ from torch import nn
 
 from sf_mllm.config import load_run_config
 from sf_mllm.errors import InputError
-from sf_mllm.training import instruct_run
-from sf_mllm.training.instruct_config import InstructConfig
+from sf_mllm.training.instruct import run as instruct_run
+from sf_mllm.training.instruct.config import InstructConfig
+from sf_mllm.training.instruct.split_weights import gather_trained_weights, has_split_weights, prepare_fsdp
 from sf_mllm.training.processes import check_strategy
-from sf_mllm.training.split_weights import gather_trained_weights, has_split_weights, prepare_fsdp
 from tests.tiny_text import make_tokenizer
 from tests.tiny_vlm import make_decoder, make_encoder, make_image, make_image_processor
 
@@ -40,7 +40,7 @@ ENTRY_POINT = """
 import os, signal, sys
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from sf_mllm.training.instruct import main
+from sf_mllm.training.instruct.__main__ import main
 from sf_mllm.training.processes import end_process
 from sf_mllm.training.progress import ProgressReporter
 

@@ -1,6 +1,6 @@
 import torch
 
-from sf_mllm.training.length_groups import LengthGroupedSampler
+from sf_mllm.training.instruct.length_groups import LengthGroupedSampler
 
 LENGTHS = torch.randint(30, 500, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
 

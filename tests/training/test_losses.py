@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sf_mllm.training.losses import (
+from sf_mllm.training.bootstrap.losses import (
     attraction_loss,
     average_in_rois,
     classification_loss,

@@ -12,10 +12,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from sf_mllm import SFLlavaForConditionalGeneration, register_auto_classes
 from sf_mllm.config import dump_run_config, load_run_config
 from sf_mllm.inference.loading import load_model
-from sf_mllm.training import instruct_run, merge, merge_run
-from sf_mllm.training.instruct_config import InstructConfig, SaveConfig
-from sf_mllm.training.instruct_parts import load_parts
-from sf_mllm.training.instruct_results import save_results, write_merged_model
+from sf_mllm.training.instruct import run as instruct_run
+from sf_mllm.training.instruct.config import InstructConfig, SaveConfig
+from sf_mllm.training.instruct.parts import load_parts
+from sf_mllm.training.instruct.results import save_results, write_merged_model
+from sf_mllm.training.merge import __main__ as merge
+from sf_mllm.training.merge import run as merge_run
 from sf_mllm.training.model_directory import write_model_directory
 from sf_mllm.training.run_folder import RunFolder
 from sf_mllm.vlm.adapters import add_adapters, fingerprints_of, save_adapters, trained_projector

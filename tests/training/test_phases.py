@@ -12,7 +12,7 @@ from transformers import LlavaConfig, modeling_utils
 
 from sf_mllm.errors import InputError
 from sf_mllm.inference.loading import load_model
-from sf_mllm.training import instruct_run
+from sf_mllm.training.instruct import run as instruct_run
 from sf_mllm.vlm.adapters import trained_projector
 from sf_mllm.vlm.fingerprints import Fingerprints, fingerprint, fingerprint_decoder
 from sf_mllm.vlm.projector_files import load_projector

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
 from sf_mllm.errors import InputError
-from sf_mllm.training import instruct_run
-from sf_mllm.training.quantization import make_quantization_config, refuse_split_quantized_weights
+from sf_mllm.training.instruct import run as instruct_run
+from sf_mllm.training.instruct.quantization import make_quantization_config, refuse_split_quantized_weights
 from tests.tiny_text import make_tokenizer
 from tests.training.tiny_instruct import ALIGN, KilledError, make_config, steps_of
 
@@ -59,10 +59,10 @@ def test_an_unknown_quantization_is_refused(parts, tmp_path):
 
 def test_weights_that_are_split_are_refused(monkeypatch):
     for strategy in ("ZeRO-3", "FSDP"):
-        monkeypatch.setattr("sf_mllm.training.quantization.describe_strategy", lambda _, name=strategy: name)
+        monkeypatch.setattr("sf_mllm.training.instruct.quantization.describe_strategy", lambda _, name=strategy: name)
         with pytest.raises(InputError, match=f"4bit does not go with {strategy}"):
             refuse_split_quantized_weights(None)
-    monkeypatch.setattr("sf_mllm.training.quantization.describe_strategy", lambda _: "ZeRO-2")
+    monkeypatch.setattr("sf_mllm.training.instruct.quantization.describe_strategy", lambda _: "ZeRO-2")
     refuse_split_quantized_weights(None)
 
 

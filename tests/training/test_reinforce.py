@@ -19,14 +19,16 @@ from sf_mllm.config import load_run_config
 from sf_mllm.data.images import HELD_OUT
 from sf_mllm.data.teacher_store import TeacherStore
 from sf_mllm.data.teacher_store_writer import StoreWriter
-from sf_mllm.training import bootstrap, reinforce, reinforce_run
 from sf_mllm.training.arguments import make_training_arguments
-from sf_mllm.training.bootstrap_config import BootstrapConfig
-from sf_mllm.training.bootstrap_run import build_trainer, run_bootstrap
-from sf_mllm.training.reinforce_run import make_store
+from sf_mllm.training.bootstrap import __main__ as bootstrap
+from sf_mllm.training.bootstrap.config import BootstrapConfig
+from sf_mllm.training.bootstrap.run import build_trainer, run_bootstrap
+from sf_mllm.training.bootstrap.teachers import load_teacher
+from sf_mllm.training.reinforce import __main__ as reinforce
+from sf_mllm.training.reinforce import run as reinforce_run
+from sf_mllm.training.reinforce.run import make_store
+from sf_mllm.training.reinforce.store_origin import fingerprint_teacher
 from sf_mllm.training.run_folder import RunFolder
-from sf_mllm.training.store_origin import fingerprint_teacher
-from sf_mllm.training.teachers import load_teacher
 from tests.training.test_bootstrap import KILLED_AT_STEP_5, rows_of, weights_of
 
 STORE = ("store.crops=3", "store.grid=2", "train.per_device_eval_batch_size=7", "train.dataloader_num_workers=0")
@@ -134,7 +136,7 @@ def test_a_run_with_a_store_never_asks_the_teacher_and_learns(run_file, monkeypa
     config = read(run_file, *overrides)
     make_store(config)
     for method in ("forward", "to", "compile"):  # it does not even leave the CPU
-        monkeypatch.setattr(f"sf_mllm.training.teachers.OpenClipTeacher.{method}", None)
+        monkeypatch.setattr(f"sf_mllm.training.bootstrap.teachers.OpenClipTeacher.{method}", None)
     # Another seed of the run starts from other weights; the store belongs to the seed of the data.
     assert bootstrap.main([str(run_file), *STORE, f"store.path={config.store.path}", *overrides, "seed=1"]) == 0
     assert "The teacher's outputs come from" in caplog.text

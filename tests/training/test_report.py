@@ -8,11 +8,13 @@ import torch
 import yaml
 
 from sf_mllm.errors import InputError
-from sf_mllm.training import bootstrap, report
-from sf_mllm.training.region_snapshots import RegionSnapshot, save_snapshot
-from sf_mllm.training.report_data import TaskFigures, differing_settings, read_runs
-from sf_mllm.training.report_figures import INK, Line, Panel, draw_svg
-from sf_mllm.training.report_panels import make_sections
+from sf_mllm.training.bootstrap import __main__ as bootstrap
+from sf_mllm.training.bootstrap.region_snapshots import RegionSnapshot, save_snapshot
+from sf_mllm.training.report import __main__ as report
+from sf_mllm.training.report.data import TaskFigures, differing_settings, read_runs
+from sf_mllm.training.report.figures import INK, Line, Panel, draw_svg
+from sf_mllm.training.report.panels import make_sections
+from sf_mllm.training.report.write import write_report
 
 TEACHER = {"swap": 0.96, "relation": 0.52}
 
@@ -103,7 +105,7 @@ def test_runs_are_compared(make_run, tmp_path):
     runs = read_runs([make_run("a/run", tokens=1.0), make_run("b/run", tokens=2.5, snapshots=())])
     assert [run.name for run in runs] == ["a/run", "b/run"]
     assert differing_settings(runs) == ["loss.tokens"]
-    report.write_report([tmp_path / "a/run", tmp_path / "b/run"], tmp_path / "out.html")
+    write_report([tmp_path / "a/run", tmp_path / "b/run"], tmp_path / "out.html")
     page = Page((tmp_path / "out.html").read_text(encoding="utf-8"))
     assert ["loss.tokens", "1.0", "2.5"] in page.rows and len(page.links) == 4
     figures = ["100", "96.0 ± 2.0", "93.1 ± 2.5", "97.00"]
@@ -185,7 +187,7 @@ def test_a_run_draws_its_report_at_its_end_and_when_it_is_complete(run_file, mon
     page.unlink()
     assert bootstrap.main([str(run_file), "train.max_steps=4"]) == 0 and not page.exists()
 
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert bootstrap.main([*command, f"output_dir={run_file.parent / 'other'}"]) == 2
     assert "needs matplotlib" in capfd.readouterr().err
     assert not (run_file.parent / "other").exists()  # said before anything was done

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from sf_mllm.data.scene_domains import UNIT
-from sf_mllm.data.scene_sampling import ScenesConfig, sample_scenes
+from sf_mllm.data.scenes.domains import UNIT
+from sf_mllm.data.scenes.sampling import ScenesConfig, sample_scenes
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerOutput
-from sf_mllm.training.roi_statistics import (
+from sf_mllm.training.bootstrap.roi_statistics import (
     SCENES_SEED,
     describe_rois,
     draw_objects,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sf_mllm.training import step_times
-from sf_mllm.training.bootstrap import main
+from sf_mllm.training.bootstrap.__main__ import main
 from sf_mllm.training.step_times import STEP_PHASES, StepTimes, describe_speed
 
 LAPS = [("other", 0.25), ("data", 1.0), ("student", 2.0), ("teacher", 3.0), ("losses", 0.5), ("backward", 1.25)]

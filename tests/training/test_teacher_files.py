@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sf_mllm import SparseFormerModel
 from sf_mllm.errors import InputError
-from sf_mllm.training.bootstrap_config import TeacherConfig
-from sf_mllm.training.teachers import OpenClipTeacher, load_teacher
+from sf_mllm.training.bootstrap.config import TeacherConfig
+from sf_mllm.training.bootstrap.teachers import OpenClipTeacher, load_teacher
 
 SMALL_CLIP = "ViT-S-32-alt"
 

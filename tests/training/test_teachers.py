@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from sf_mllm import SparseFormerModel
 from sf_mllm.errors import InputError
-from sf_mllm.training.bootstrap_config import TeacherConfig
-from sf_mllm.training.teachers import OpenClipTeacher, TimmTeacher, load_clip, load_teacher
+from sf_mllm.training.bootstrap.config import TeacherConfig
+from sf_mllm.training.bootstrap.teachers import OpenClipTeacher, TimmTeacher, load_clip, load_teacher
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 

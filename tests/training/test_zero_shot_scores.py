@@ -7,10 +7,10 @@ from PIL import Image
 
 from sf_mllm.data.zero_shot_tasks import ZeroShotTask, read_task_folder
 from sf_mllm.errors import InputError
-from sf_mllm.training.bootstrap_config import EvaluationConfig, TeacherConfig
-from sf_mllm.training.teacher_texts import make_scorer, name_classes, read_tasks
-from sf_mllm.training.teachers import TimmTeacher
-from sf_mllm.training.zero_shot import ZeroShotResult, ZeroShotScorer, compare
+from sf_mllm.training.bootstrap.config import EvaluationConfig, TeacherConfig
+from sf_mllm.training.bootstrap.teacher_texts import make_scorer, name_classes, read_tasks
+from sf_mllm.training.bootstrap.teachers import TimmTeacher
+from sf_mllm.training.bootstrap.zero_shot import ZeroShotResult, ZeroShotScorer, compare
 
 PROMPTS = ("a photo of a {}.", "{}, drawn")
 

@@ -5,7 +5,7 @@ import json
 from transformers import TrainerCallback
 
 from sf_mllm.config import load_run_config
-from sf_mllm.training.instruct_config import InstructConfig
+from sf_mllm.training.instruct.config import InstructConfig
 from tests.tiny_text import make_tokenizer
 from tests.tiny_vlm import make_decoder, make_encoder, make_image, make_image_processor
 

@@ -1,0 +1,1 @@
+"""Stage one: a SparseFormer learns from a frozen ViT."""

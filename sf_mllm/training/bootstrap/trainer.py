@@ -1,0 +1,172 @@
+"""The Trainer that runs stage one's task."""
+
+import contextlib
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from sf_mllm.data.image_streams import StreamedImages
+from sf_mllm.data.images import HeldOutImages, TrainingImages
+from sf_mllm.data.teacher_store import StoredViews
+from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
+from sf_mllm.training.bootstrap.ema import WeightAverage
+from sf_mllm.training.bootstrap.evaluation import BootstrapEvaluation
+from sf_mllm.training.bootstrap.feature_decoder import StudentWithDecoder
+from sf_mllm.training.bootstrap.task import BootstrapTask
+from sf_mllm.training.step_times import StepTimes
+
+
+class BootstrapTrainer(Trainer):
+    """Trainer whose model is the student, with its decoder if it has one: no checkpoint holds the teacher.
+
+    Args:
+        task: losses and teacher.
+        evaluation: what is measured at each evaluation.
+        inherited_names: parameters of the student that come from the teacher.
+        inherited_learning_rate: their peak rate; the others use `args.learning_rate`.
+        ema_decay: of the average of the student's weights that is measured and saved in their place; 0: of none.
+        **kwargs: as for `Trainer`.
+    """
+
+    model: SparseFormerModel | StudentWithDecoder
+    train_dataset: TrainingImages | StreamedImages
+    eval_dataset: HeldOutImages
+
+    def __init__(
+        self,
+        *,
+        task: BootstrapTask,
+        evaluation: BootstrapEvaluation,
+        inherited_names: frozenset[str],
+        inherited_learning_rate: float,
+        ema_decay: float,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.task = task
+        self.evaluation = evaluation
+        self.inherited_names = inherited_names
+        self.inherited_learning_rate = inherited_learning_rate
+        # The loss is a mean over the micro-batch, so accumulation must divide it by the number of micro-batches.
+        self.model_accepts_loss_kwargs = False
+        self._loss_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        self._num_losses = 0
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        self.times = StepTimes(self.args.device, images_per_step=batch_size)
+        self.add_callback(self.times)
+        self.average = WeightAverage(self.student, ema_decay) if ema_decay else None
+        if self.average is not None:
+            self.add_callback(self.average)
+        if isinstance(self.train_dataset.views, StoredViews):
+            return  # the teacher is not asked: it stays where it takes no memory from the student
+        task.teacher.to(self.args.device)
+        if self.args.torch_compile:
+            task.teacher.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
+
+    @property
+    def student(self) -> SparseFormerModel:
+        """What becomes of the run."""
+        return self.model.student if isinstance(self.model, StudentWithDecoder) else self.model
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetch the micro-batches of one step, and note how long that took."""
+        self.times.lap("other")
+        batches = super().get_batch_samples(*args, **kwargs)
+        self.times.lap("data")
+        return batches
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward on one micro-batch."""
+        loss = super().training_step(*args, **kwargs)
+        self.times.lap("backward")
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Student and teacher on one batch of uint8 images."""
+        with self.precision():
+            target = self.task.targets(inputs)
+        self.times.lap("teacher")
+        options: dict[str, Any] = {"output_hidden_states": bool(target.states), "output_sampling_points": True}
+        if isinstance(self.model, StudentWithDecoder):
+            options["grid"] = tuple(target.feature_map.shape[-2:])
+        output = model(self.task.normalise(inputs["pixel_values"]), **options)
+        self.times.lap("student")
+        losses = self.task.losses(output, target)
+        for name, loss in losses.items():
+            self._loss_sums[name] += loss.detach().mean()
+        self._num_losses += 1
+        total = self.task.total(losses)
+        self.times.lap("losses")
+        return (total, output) if return_outputs else total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of each loss since the last log, and count epochs by images: the Trainer sees one long epoch."""
+        self.state.epoch = self.train_dataset.epochs_after(self.state.global_step * self.train_dataset.step_size)
+        if "loss" in logs and self._num_losses:
+            for name, value in self._loss_sums.items():
+                logs[f"loss_{name}"] = self.accelerator.gather(value).mean().item() / self._num_losses
+            self._loss_sums.clear()
+            self._num_losses = 0
+            logs |= self.times.end_interval()
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Give inherited and new parameters their own rates, and decay weight matrices only."""
+        if self.optimizer is None:
+            inherited = {p for name, p in self.student.named_parameters() if name in self.inherited_names}
+            # Start values (regions, embeddings, class token) are no weights: decay would pull regions to a corner.
+            decays = {name for name in self.get_decay_parameter_names(self.model) if name.endswith(".weight")}
+            groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    groups[parameter in inherited, name in decays].append(parameter)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.student)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.inherited_learning_rate if is_inherited else self.args.learning_rate,
+                        "weight_decay": self.args.weight_decay if has_decay else 0.0,
+                    }
+                    for (is_inherited, has_decay), parameters in sorted(groups.items())
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure the student and log the result."""
+        # Its batches have other sizes than those of training; compiling for each would cost more than it saves.
+        with torch.compiler.set_stance("force_eager"), self.final_weights():
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluation.measure(self).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trained weights, and their average beside them."""
+        super().save_model(output_dir, _internal_call)
+        if self.average is not None and self.args.should_save:
+            self.average.save(Path(output_dir or str(self.args.output_dir)))
+
+    def final_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context the student has the weights that are measured and saved."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        """Read in order: the data set holds the whole run, already shuffled."""
+        return torch.utils.data.SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision that accelerate gives to the student's training forward, for what runs outside of it."""
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16
+        enabled = self.args.bf16 or self.args.fp16
+        return torch.autocast(self.args.device.type, dtype=dtype, enabled=enabled)

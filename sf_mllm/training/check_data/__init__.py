@@ -1,0 +1,1 @@
+"""What a run of stage two would find in its conversations and images."""

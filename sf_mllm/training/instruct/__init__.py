@@ -1,0 +1,1 @@
+"""Stage two: projector and LoRA learn from conversations."""

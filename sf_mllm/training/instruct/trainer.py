@@ -1,0 +1,79 @@
+"""The Trainer of stage two."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+from sf_mllm.data.conversations import ConversationDataset
+from sf_mllm.training.instruct.length_groups import LengthGroupedSampler
+from sf_mllm.training.instruct.split_weights import gather_trained_weights, prepare_fsdp
+from sf_mllm.vlm.adapters import trained_parameter_groups
+from sf_mllm.vlm.modeling_sf_llava import SFLlavaModel
+
+
+class InstructTrainer(Trainer):
+    """Trainer with a learning rate of its own for the projector; its checkpoints hold what trains.
+
+    Args:
+        projector_learning_rate: peak rate of the projector; the adapters use `args.learning_rate`.
+        **kwargs: as for `Trainer`.
+
+    Raises:
+        InputError: the configuration of FSDP does not suit.
+    """
+
+    model: PeftModel
+    train_dataset: ConversationDataset
+
+    def __init__(self, *, projector_learning_rate: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.projector_learning_rate = projector_learning_rate
+        for module in self.model.modules():
+            if isinstance(module, SFLlavaModel):
+                module.always_encodes = self.args.world_size > 1
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            prepare_fsdp(plugin, self.model)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Build the optimizer that the arguments name, over our parameter groups."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = trained_parameter_groups(
+                model,
+                learning_rate=self.args.learning_rate,
+                projector_learning_rate=self.projector_learning_rate,
+                weight_decay=self.args.weight_decay,
+            )
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """Let autocast decide about products under FSDP, too, where accelerate leaves that to FSDP's own casts."""
+        if self.is_fsdp_enabled:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what trains, gathered from all processes; the frozen weights are never gathered for it."""
+        weights = gather_trained_weights(self.model)
+        if self.is_world_process_zero():
+            self._save(output_dir, state_dict=weights)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """Group rows by the lengths that the preflight counted; transformers would open every image to count anew."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        assert self.train_dataset.lengths is not None
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(
+            self.train_dataset.lengths.tolist(),
+            batch_size=batch_size,
+            seed=self.args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )

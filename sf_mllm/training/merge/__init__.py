@@ -1,0 +1,1 @@
+"""A checkpoint or an adapter becomes one model directory."""

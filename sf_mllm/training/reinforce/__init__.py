@@ -1,0 +1,1 @@
+"""A teacher's answers, stored once for any number of runs of stage one."""

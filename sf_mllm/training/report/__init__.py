@@ -1,0 +1,1 @@
+"""What runs measured, as one self-contained page."""
