@@ -1,10 +1,8 @@
-"""Training on several processes: what a DeepSpeed configuration must say, who goes first, how a process ends."""
+"""Training on several processes: what a DeepSpeed configuration must say, and how a process ends."""
 
 import atexit
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from sf_mllm.errors import InputError
@@ -81,24 +79,6 @@ def check_processes(run: "RunFolder", arguments: "TrainingArguments") -> None:
             "before, or give another output_dir to start a new run."
         )
     run.update_record(**now)
-
-
-@contextmanager
-def main_process_first() -> Iterator[None]:
-    """Let the main process run a block before the others do; they run theirs even if the main one's failed.
-
-    Unlike accelerate's context of that name this one does not leave the others waiting for a process that is gone.
-    """
-    from accelerate import PartialState
-
-    state = PartialState()
-    if not state.is_main_process:
-        state.wait_for_everyone()
-    try:
-        yield
-    finally:
-        if state.is_main_process:
-            state.wait_for_everyone()
 
 
 def end_process(status: int) -> NoReturn:

@@ -60,6 +60,37 @@ def test_training_lowers_the_loss_and_records_what_it_used(finished):
     assert record["held_out_loss"] > 0
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(parts, tmp_path, batch_size):
+    rows = json.loads((parts / "rows.json").read_text())
+    for number, row in enumerate(rows):
+        row["conversations"][1]["value"] = " and ".join(["red"] * (1 + number))  # answers of different lengths
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = {"max_steps": 1, "per_device_eval_batch_size": batch_size}
+    config = make_config(
+        parts,
+        tmp_path / "run",
+        train=settings,
+        **{"data.conversations": tmp_path / "rows.json", "data.image_root": parts},
+    )
+    directory = instruct_run.run_instruct(config)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+
+    register_auto_classes()
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(directory)
+    _, held_out, _ = prepare_data(config, RunFolder(tmp_path / "run"), processor)
+    losses, counts = [], []
+    for row in held_out:
+        tensors = {name: torch.as_tensor(row[name])[None] for name in ("input_ids", "labels")}
+        with torch.no_grad():
+            losses.append(model(**tensors, pixel_values=row["pixel_values"]).loss.item())
+        counts.append(sum(label >= 0 for label in row["labels"][1:]))
+    assert len(set(counts)) > 1  # else a mean over rows is the same
+    expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert record["held_out_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_directory_says_nothing_about_this_machine_and_generates_with_a_cache(finished):
     folder, _ = finished
     config = json.loads((folder / "model" / "config.json").read_text())

@@ -3,11 +3,16 @@
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
+from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
+from sf_mllm.constants import IGNORE_INDEX
 from sf_mllm.data.conversations import ConversationDataset
 from sf_mllm.training.instruct.length_groups import LengthGroupedSampler
 from sf_mllm.training.instruct.split_weights import gather_trained_weights, prepare_fsdp
@@ -17,6 +22,9 @@ from sf_mllm.vlm.modeling_sf_llava import SFLlavaModel
 
 class InstructTrainer(Trainer):
     """Trainer with a learning rate of its own for the projector; its checkpoints hold what trains.
+
+    `eval_loss` is the mean over all supervised tokens of the held-out rows, in whatever batches and on however many
+    processes; transformers would average over batches, in which tokens of short answers count more.
 
     Args:
         projector_learning_rate: peak rate of the projector; the adapters use `args.learning_rate`.
@@ -30,7 +38,7 @@ class InstructTrainer(Trainer):
     train_dataset: ConversationDataset
 
     def __init__(self, *, projector_learning_rate: float, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**kwargs, compute_metrics=_mean_over_tokens, preprocess_logits_for_metrics=_sum_losses_of_rows)
         self.projector_learning_rate = projector_learning_rate
         for module in self.model.modules():
             if isinstance(module, SFLlavaModel):
@@ -59,6 +67,14 @@ class InstructTrainer(Trainer):
             return self.accelerator.autocast()
         return super().autocast_smart_context_manager(cache_enabled)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate as transformers does, and put the mean over tokens in the place of the mean over batches."""
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        assert output.metrics is not None
+        output.metrics[f"{prefix}_loss"] = output.metrics.pop(f"{prefix}_loss_per_token")
+        return output
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what trains, gathered from all processes; the frozen weights are never gathered for it."""
         weights = gather_trained_weights(self.model)
@@ -77,3 +93,20 @@ class InstructTrainer(Trainer):
             seed=self.args.seed,
             epoch=lambda: int(self.state.epoch or 0),
         )
+
+
+def _sum_losses_of_rows(logits: Any, labels: Tensor) -> Tensor:
+    """Reduce the logits of a batch [B, T, V] to [B, 2]: the summed loss of each row and its number of labels."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    targets = labels[:, 1:]
+    is_supervised = targets != IGNORE_INDEX
+    losses = torch.zeros(targets.shape, device=logits.device)
+    losses[is_supervised] = F.cross_entropy(
+        logits[:, :-1][is_supervised].float(), targets[is_supervised], reduction="none"
+    )
+    return torch.stack((losses.sum(dim=1), is_supervised.sum(dim=1)), dim=1)
+
+
+def _mean_over_tokens(prediction: EvalPrediction) -> dict[str, float]:
+    total, count = np.asarray(prediction.predictions).sum(axis=0, dtype=np.float64)
+    return {"loss_per_token": float(total / count)}
