@@ -20,15 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.bootstrap_sizes import SIZES, count_cores, draw_images, run_overrides
-from sf_mllm.errors import CommandLineParser, InputError, report_input_errors
+from eval.scaling import ROOT, check_arrangements, deepspeed_settings, find_device, list_arrangements, python_on
+from sf_mllm.errors import CommandLineParser, report_input_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PROTOCOL = "bootstrap-scaling-1"
-ROOT = Path(__file__).parents[1]
-ZERO2 = ROOT / "configs" / "deepspeed" / "zero2.json"
-"""For bf16, as runs on GPUs are."""
 
 
 @report_input_errors
@@ -52,26 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     size = SIZES[options.size]
     micro_batch = options.micro_batch or size.micro_batch
-    for count in options.processes:
-        if count < 1 or micro_batch < 1 or options.global_batch % (count * micro_batch):
-            raise InputError(
-                f"--global-batch {options.global_batch} cannot be shared out to {count} processes in micro-batches of "
-                f"{micro_batch}; give a multiple of both."
-            )
-    if options.steps < 4:
-        raise InputError(f"--steps {options.steps} is too few; give at least 4.")
-
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and max(options.processes) > torch.cuda.device_count():
-        raise InputError(f"--processes {max(options.processes)} needs as many GPUs, found {torch.cuda.device_count()}.")
-
+    check_arrangements(options.processes, micro_batch, options.global_batch, options.steps)
+    device = find_device(options.processes)
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         images = draw_images(work / "scenes", options.files, options.file_size)
         reference: Path | None = None
-        for count, strategy in _arrangements(options.processes, options.strategy):
+        for count, strategy in list_arrangements(options.processes, options.strategy):
             folder = Path(tempfile.mkdtemp(prefix=f"{count}-{strategy}-", dir=work))
             accumulation = options.global_batch // (count * micro_batch)
             overrides = run_overrides(
@@ -85,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             overrides.append(f"train.dataloader_num_workers={max(1, count_cores() // count)}")
             if strategy == "zero2":
-                overrides.append(f"train.deepspeed={_zero2_for(device, folder)}")
+                overrides.append(f"train.deepspeed={deepspeed_settings(strategy, folder, autocast=device == 'cuda')}")
             outcome = launch(count, [size.path, *overrides], log=folder / "log.txt")
             row = {
                 "protocol": PROTOCOL,
@@ -110,32 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _arrangements(process_counts: Sequence[int], strategies: Sequence[str]) -> list[tuple[int, str]]:
-    """List (processes, strategy); one process alone needs none."""
-    several = [(count, strategy) for count in process_counts if count > 1 for strategy in strategies]
-    return [(1, "none")] * (1 in process_counts) + several
-
-
-def _zero2_for(device: str, folder: Path) -> Path:
-    """Return the shipped DeepSpeed configuration; on a CPU, where runs are in fp32, a copy without autocast."""
-    if device == "cuda":
-        return ZERO2
-    settings = json.loads(ZERO2.read_text(encoding="utf-8"))
-    settings["torch_autocast"]["enabled"] = False
-    path = folder / "zero2.json"
-    path.write_text(json.dumps(settings), encoding="utf-8")
-    return path
-
-
 def launch(processes: int, arguments: Sequence[str], log: Path) -> str:
     """Run the bootstrap command on so many processes, its output into a file; return how that ended."""
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    command = [*python_on(processes), "sf_mllm.training.bootstrap", *arguments]
     with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(
-            [*command, "sf_mllm.training.bootstrap", *arguments], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT
-        ).returncode
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT).returncode
     if code == 0:
         return "complete"
     text = log.read_text(encoding="utf-8")

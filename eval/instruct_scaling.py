@@ -24,10 +24,17 @@ from typing import Any
 
 import psutil
 
-from sf_mllm.errors import CommandLineParser, InputError, report_input_errors
+from eval.scaling import (
+    ROOT,
+    check_arrangements,
+    deepspeed_settings,
+    find_device,
+    list_arrangements,
+    python_on,
+)
+from sf_mllm.errors import CommandLineParser, report_input_errors
 
 PROTOCOL = "instruct-scaling-1"
-ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "finetune" / "demo.yaml"
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp")
 FIGURES = ("samples_per_s", "peak_memory_gib", "held_out_loss", "loss_difference", "weight_difference")
@@ -54,28 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, help="folder for rows and runs (default: a temporary one)")
     parser.add_argument("--rows", type=Path, help="folder whose instruct_scaling.csv the results are appended to")
     options = parser.parse_args(argv)
-    for count in options.processes:
-        if count < 1 or options.micro_batch < 1 or options.global_batch % (count * options.micro_batch):
-            raise InputError(
-                f"--global-batch {options.global_batch} cannot be shared out to {count} processes in micro-batches of "
-                f"{options.micro_batch}; give a multiple of both."
-            )
-    if options.steps < 4:
-        raise InputError(f"--steps {options.steps} is too few; give at least 4.")
-
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and max(options.processes) > torch.cuda.device_count():
-        raise InputError(f"--processes {max(options.processes)} needs as many GPUs, found {torch.cuda.device_count()}.")
+    check_arrangements(options.processes, options.micro_batch, options.global_batch, options.steps)
+    device = find_device(options.processes)
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         # Less than an epoch: at its end several processes would fill up micro-batches with rows of its beginning.
         num_rows = options.steps * options.global_batch + _HELD_OUT
         data = draw_rows(work / "scenes", num_rows)
         reference: Path | None = None
-        several = [(count, name) for count in options.processes if count > 1 for name in options.strategy]
-        for count, strategy in [(1, "none")] * (1 in options.processes) + several:
+        for count, strategy in list_arrangements(options.processes, options.strategy):
             folder = Path(tempfile.mkdtemp(prefix=f"{count}-{strategy}-", dir=work))
             accumulation = options.global_batch // (count * options.micro_batch)
             arguments = [
@@ -95,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"train.bf16={str(options.bf16).lower()}",
             ]
             if strategy.startswith("zero"):
-                arguments.append(f"train.deepspeed={_deepspeed_settings(strategy, options.bf16, folder)}")
+                arguments.append(f"train.deepspeed={deepspeed_settings(strategy, folder, autocast=options.bf16)}")
             kill_at = options.steps // 2 if options.kill and count > 1 else None
             outcome = launch(count, strategy, arguments, folder, kill_at)
             row = {
@@ -137,12 +131,11 @@ def draw_rows(folder: Path, count: int) -> Path:
 
 def launch(processes: int, strategy: str, arguments: Sequence[str], folder: Path, kill_at: int | None) -> str:
     """Run the instruct command on so many processes, killed once if asked for; return how that ended."""
-    command = [sys.executable, "-m"]
+    command = python_on(processes)
     if strategy == "fsdp":
-        command += ["accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/fsdp2_8_gpus.yaml")]
+        settings = str(ROOT / "configs/accelerate/fsdp2_8_gpus.yaml")
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", settings]
         command += ["--num_processes", str(processes), "--main_process_port", "0", "-m"]
-    elif processes > 1:
-        command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     command += ["sf_mllm.training.instruct", *arguments]
     log = folder / "log.txt"
     code = _run(command, log, folder / "run" / "metrics.jsonl", kill_at)
@@ -173,18 +166,6 @@ def _run(command: Sequence[str], log: Path, metrics: Path, kill_at: int | None) 
 
 def _count_lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
-
-
-def _deepspeed_settings(strategy: str, bf16: bool, folder: Path) -> Path:
-    """Return the shipped DeepSpeed configuration; for fp32 a copy without autocast."""
-    shipped = ROOT / "configs" / "deepspeed" / f"{strategy}.json"
-    if bf16:
-        return shipped
-    settings = json.loads(shipped.read_text(encoding="utf-8"))
-    settings["torch_autocast"]["enabled"] = False
-    path = folder / f"{strategy}.json"
-    path.write_text(json.dumps(settings), encoding="utf-8")
-    return path
 
 
 def read_figures(run: Path, reference: Path | None) -> dict[str, Any]:

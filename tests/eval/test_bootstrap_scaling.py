@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from eval import bootstrap_scaling
-from eval.bootstrap_scaling import ZERO2, main
+from eval.bootstrap_scaling import main
+from eval.scaling import ROOT
 from sf_mllm.training.bootstrap import __main__ as bootstrap
 
 REHEARSAL = ["--size", "tiny", "--no-compile", "--steps", "4", "--files", "8", "--file-size", "64"]
@@ -48,7 +49,7 @@ def test_each_arrangement_is_compared_with_the_first(tmp_path, monkeypatch):
     assert float(same["speedup"]) == pytest.approx(float(same["images_per_s"]) / float(one["images_per_s"]), abs=1e-3)
     (deepspeed,) = [argument for argument in launched[2][1] if argument.startswith("train.deepspeed=")]
     settings = json.loads(open(deepspeed.partition("=")[2]).read())
-    shipped = json.loads(ZERO2.read_text())
+    shipped = json.loads((ROOT / "configs/deepspeed/zero2.json").read_text())
     assert settings["zero_optimization"] == shipped["zero_optimization"]
     assert settings["torch_autocast"]["enabled"] == torch.cuda.is_available()
 
