@@ -47,8 +47,8 @@ def test_command_exists(words, monkeypatch):
             load_run_config(schema, ROOT / words[2], [word for word in words[3:] if word != "--report"])
     elif words[0] in ("torchrun", "accelerate"):
         start = words.index("-m")
-        assert words[start + 1] == "sf_mllm.training.bootstrap"
-        load_run_config(BootstrapConfig, ROOT / words[start + 2], words[start + 3 :])
+        schema = {"sf_mllm.training.bootstrap": BootstrapConfig, "sf_mllm.training.instruct": InstructConfig}
+        load_run_config(schema[words[start + 1]], ROOT / words[start + 2], words[start + 3 :])
         assert all((ROOT / word).is_file() for word in words[:start] if word.startswith("configs/"))
     elif words[:3] == ["python", "-m", "sf_mllm.training.check_data"]:
         load_run_config(InstructConfig, ROOT / words[3], words[4:])
