@@ -13,8 +13,8 @@ Both stages use it in the same order::
             model.save_pretrained(directory)
 
 Content: `config.yaml` (resolved), `run.json` (command, revision, versions, device, counts, outcome), `metrics.jsonl`
-(one row a logged step), `checkpoints/` (the Trainer's), and the stage's result. Stage two adds `row_checks.npz` (what each row
-of its data was found to hold) and, where rows are left out, `dropped.jsonl`.
+(one row a logged step), `checkpoints/` (the Trainer's), and the stage's result. Stage two adds `row_checks.npz` (what
+each row of its data was found to hold) and, where rows are left out, `dropped.jsonl`.
 """
 
 import json
