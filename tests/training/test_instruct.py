@@ -143,6 +143,19 @@ def test_a_finished_run_is_left_alone_and_another_configuration_is_refused(finis
         instruct_run.run_instruct(make_config(parts, folder, train={"max_steps": 30}, **{"lora.rank": 8}))
 
 
+def test_code_beside_a_decoder_is_never_run_and_nobody_is_asked(parts, tmp_path, monkeypatch):
+    decoder = tmp_path / "decoder"
+    shutil.copytree(parts / "decoder", decoder)
+    config = json.loads((decoder / "config.json").read_text())
+    auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (decoder / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of", "auto_map": auto_map}))
+    (decoder / "code.py").write_text(f"open({str(tmp_path / 'was_here')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    with pytest.raises(InputError, match="brings code of its own, which is never run"):
+        instruct_run.build_model(make_config(parts, tmp_path / "run", decoder=decoder))
+    assert not (tmp_path / "was_here").exists()
+
+
 def test_a_decoder_with_missing_weights_is_refused(parts, tmp_path):
     shutil.copytree(parts / "decoder", tmp_path / "decoder")
     weights = load_file(tmp_path / "decoder" / "model.safetensors")

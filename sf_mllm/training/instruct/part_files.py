@@ -96,7 +96,7 @@ def load_tokenizer(decoder: str, chat_template: str | None = None) -> PreTrained
     """
     source = find_decoder(decoder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a broken file makes the readers stumble in many ways, and so does the hub
         raise InputError(f"Decoder '{source}' cannot be loaded: {first_line(error)}.") from error
     if chat_template is not None:

@@ -84,10 +84,15 @@ def load_decoder(
     source = find_decoder(name_or_path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, quantization_config=quantization
+            source, dtype=dtype, output_loading_info=True, quantization_config=quantization, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a broken file makes the readers stumble in many ways, and so does the hub
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"Decoder '{source}' brings code of its own, which is never run; give one whose architecture is part "
+                "of transformers."
+            ) from error
         raise InputError(f"Decoder '{source}' cannot be loaded: {first_line(error)}.") from error
     decoder, report = loaded
     # Published checkpoints often hold left-over buffers, which do no harm; what is missing would be random.

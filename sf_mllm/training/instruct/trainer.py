@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import EvalLoopOutput
@@ -38,7 +38,7 @@ class InstructTrainer(Trainer):
     train_dataset: ConversationDataset
 
     def __init__(self, *, projector_learning_rate: float, **kwargs: Any) -> None:
-        super().__init__(**kwargs, compute_metrics=_mean_over_tokens, preprocess_logits_for_metrics=_sum_losses_of_rows)
+        super().__init__(**kwargs, compute_metrics=_mean_over_tokens)
         self.projector_learning_rate = projector_learning_rate
         for module in self.model.modules():
             if isinstance(module, SFLlavaModel):
@@ -75,6 +75,20 @@ class InstructTrainer(Trainer):
         output.metrics[f"{prefix}_loss"] = output.metrics.pop(f"{prefix}_loss_per_token")
         return output
 
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Return the loss, and summed loss and number of labels of each row [B, 2] and [B, 1] for the mean over tokens.
+
+        Reduced here and not by the Trainer's hook for it, which first pads and exchanges all outputs, whose number
+        differs between processes with and without images.
+        """
+        loss, outputs, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        assert logits is not None and labels is not None
+        sums = _sum_losses_of_rows(logits, labels)
+        return loss, sums, sums[:, 1:]
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what trains, gathered from all processes; the frozen weights are never gathered for it."""
         weights = gather_trained_weights(self.model)
@@ -95,9 +109,8 @@ class InstructTrainer(Trainer):
         )
 
 
-def _sum_losses_of_rows(logits: Any, labels: Tensor) -> Tensor:
+def _sum_losses_of_rows(logits: Tensor, labels: Tensor) -> Tensor:
     """Reduce the logits of a batch [B, T, V] to [B, 2]: the summed loss of each row and its number of labels."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
     targets = labels[:, 1:]
     is_supervised = targets != IGNORE_INDEX
     losses = torch.zeros(targets.shape, device=logits.device)
