@@ -88,7 +88,7 @@ def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> str | None
 
     It covers names, shapes and the signs of up to 65,536 evenly spaced values of each tensor. No rounding changes a
     sign, so a checkpoint has one fingerprint in float32, bfloat16 and float16; training changes some signs from its
-    first steps on. It takes a fraction of a second for 7B weights and finds mix-ups, no forgeries.
+    first steps on. It reads little even of large models, and finds mix-ups, no forgeries.
 
     Args:
         model: weights on any device.

@@ -151,8 +151,8 @@ class SFLlavaForConditionalGeneration(StrictLoadingMixin, LlavaForConditionalGen
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does, but only weights that are complete and that belong to the configuration.
 
-        Encoder and decoder are compared with the fingerprints in `config.json`, which takes less than a second at 7B.
-        Weights that are quantised, offloaded or changed by an adapter while they are loaded cannot be compared.
+        Encoder and decoder are compared with the fingerprints in `config.json`. Weights that are quantised, offloaded
+        or changed by an adapter while they are loaded cannot be compared.
 
         Raises:
             InputError: keys are missing, left over or of another shape, or the weights are another encoder's or

@@ -141,28 +141,31 @@ def test_the_loss_falls_on_few_images(run_file):
     assert losses[-1] < 0.6 * losses[0]
 
 
+def gradients_of_one_step(run_file, micro_batch, accumulation, *settings):
+    config = read(
+        run_file,
+        *settings,
+        f"output_dir={run_file.parent / str(micro_batch)}",
+        "train.max_steps=1",
+        "train.max_grad_norm=0",
+        "train.optim=sgd",
+        "train.learning_rate=1.0",
+        "inherited_learning_rate=1.0",
+        "train.eval_strategy=no",
+        f"train.per_device_train_batch_size={micro_batch}",
+        f"train.gradient_accumulation_steps={accumulation}",
+    )
+    trainer = make_trainer(config)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    return {name: before[name] - p.detach() for name, p in trainer.model.named_parameters()}
+
+
 def test_accumulation_equals_a_larger_batch(run_file):
     """One step of 4 images and one of 2 x 2 give the same gradients."""
-    gradients = []
-    for number, (micro_batch, accumulation) in enumerate([(4, 1), (2, 2)]):
-        config = read(
-            run_file,
-            f"output_dir={run_file.parent / str(number)}",
-            "train.max_steps=1",
-            "train.max_grad_norm=0",
-            "train.optim=sgd",
-            "train.learning_rate=1.0",
-            "inherited_learning_rate=1.0",
-            "train.eval_strategy=no",
-            f"train.per_device_train_batch_size={micro_batch}",
-            f"train.gradient_accumulation_steps={accumulation}",
-        )
-        trainer = make_trainer(config)
-        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-        trainer.train()
-        gradients.append({name: before[name] - p.detach() for name, p in trainer.model.named_parameters()})
-    assert any(gradient.abs().max() > 1e-4 for gradient in gradients[0].values())
-    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
+    at_once, accumulated = (gradients_of_one_step(run_file, *shares) for shares in ((4, 1), (2, 2)))
+    assert any(gradient.abs().max() > 1e-4 for gradient in at_once.values())
+    torch.testing.assert_close(accumulated, at_once, atol=1e-6, rtol=1e-4)
 
 
 def test_inherited_and_new_parts_have_their_own_rates(run_file):

@@ -18,7 +18,7 @@ from sf_mllm.training.bootstrap.run import run_bootstrap
 from sf_mllm.training.bootstrap.student import build_student, find_state_blocks
 from sf_mllm.training.bootstrap.task import BootstrapTask
 from sf_mllm.training.bootstrap.teachers import load_teacher
-from tests.training.test_bootstrap import KILLED_AT_STEP_5, make_trainer
+from tests.training.test_bootstrap import KILLED_AT_STEP_5, gradients_of_one_step, make_trainer
 
 EVERYTHING = ["loss.relations=2", "loss.states=0.5", "loss.reconstruction=0.25", "loss.attraction=3", "ema_decay=0.7"]
 
@@ -78,28 +78,10 @@ def test_with_everything_student_and_teacher_are_compiled_once_each(run_file, tm
 
 
 def test_with_everything_accumulation_equals_a_larger_batch(run_file):
-    gradients = []
-    for number, (micro_batch, accumulation) in enumerate([(4, 1), (2, 2)]):
-        config = read(
-            run_file,
-            *EVERYTHING,
-            f"output_dir={run_file.parent / str(number)}",
-            "train.max_steps=1",
-            "train.max_grad_norm=0",
-            "train.optim=sgd",
-            "train.learning_rate=1.0",
-            "inherited_learning_rate=1.0",
-            "train.eval_strategy=no",
-            f"train.per_device_train_batch_size={micro_batch}",
-            f"train.gradient_accumulation_steps={accumulation}",
-        )
-        trainer = make_trainer(config)
-        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-        trainer.train()
-        gradients.append({name: before[name] - p.detach() for name, p in trainer.model.named_parameters()})
+    at_once, accumulated = (gradients_of_one_step(run_file, *shares, *EVERYTHING) for shares in ((4, 1), (2, 2)))
     for name in ("decoder.mlp.fc2.weight", "student.cortex.0.mlp.fc1.weight", "student.stem.conv.weight"):
-        assert gradients[0][name].abs().max() > 1e-4
-    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
+        assert at_once[name].abs().max() > 1e-4
+    torch.testing.assert_close(accumulated, at_once, atol=1e-6, rtol=1e-4)
 
 
 def test_decoder_and_student_have_the_rates_of_new_and_inherited_parts(run_file):
