@@ -148,8 +148,8 @@ def phrase_loss(image: Tensor, phrases: Tensor, scale: Tensor, holds: Tensor, co
 def object_phrase_loss(objects: Tensor, phrases: Tensor, scale: Tensor, batch: Batch) -> Tensor:
     """Compare single objects with phrases as `phrase_loss` compares whole images.
 
-    One object has one true phrase of each kind, which is learnt far sooner than the eight of a crowded scene; the image
-    has then only to gather what its patches say already.
+    One object has one true phrase of each kind where a crowded scene has eight. The image's own feature, which is read
+    out in the same way, would then have to gather what its patches say already.
 
     Args:
         objects: [B, 8, E] unit features, zero for those that own no patch.

@@ -1,7 +1,7 @@
 """Train the small CLIP that ships as the demo's teacher, from scratch on procedural scenes.
 
-What makes it bind colours, shapes and places to objects instead of learning a bag of words: half of every batch are
-twin scenes with one edit, every image has captions of several kinds at once (lists, relations, counts) with wrong
+What is to make it bind colours, shapes and places to objects instead of learning a bag of words: half of every batch
+are twin scenes with one edit, every image has captions of several kinds at once (lists, relations, counts) with wrong
 versions of each as negatives, it is compared with every phrase about one object that there is, and so are the patches
 of each single object, texts that happen to be true of another image are no negatives of it, an auxiliary loss tells
 what single patches show (its head is thrown away), and scenes grow from one object to eight.

@@ -129,7 +129,7 @@ def cut(image: Image.Image, crop: Crop, resolution: Resolution, color_jitter: fl
     Returns:
         [3, H, W], uint8.
     """
-    pixels = F.resized_crop(  # a tensor's: about three times as fast as Pillow's, and rounds otherwise here and there
+    pixels = F.resized_crop(  # a tensor's: faster than Pillow's, and rounds otherwise here and there
         F.pil_to_tensor(image), crop.top, crop.left, crop.height, crop.width, list(resolution), BICUBIC
     )
     if crop.flip:

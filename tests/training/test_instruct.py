@@ -15,7 +15,7 @@ from sf_mllm.training.instruct.data import prepare_data
 from sf_mllm.training.run_folder import RunFolder
 from sf_mllm.vlm.adapters import trained_parameter_groups
 from tests.tiny_vlm import make_image
-from tests.training.tiny_instruct import KilledError, make_config, steps_of
+from tests.training.tiny_instruct import KilledError, arguments_of, make_config, steps_of
 
 
 def test_a_killed_run_resumes_and_ends_with_the_same_weights(parts, tmp_path, kill_after_step):
@@ -79,7 +79,8 @@ def test_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(parts, tmp_p
     register_auto_classes()
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(directory)
-    _, held_out, _ = prepare_data(config, RunFolder(tmp_path / "run"), processor)
+    run = RunFolder(tmp_path / "run")
+    _, held_out, _ = prepare_data(config, run, processor, arguments_of(config, run))
     losses, counts = [], []
     for row in held_out:
         tensors = {name: torch.as_tensor(row[name])[None] for name in ("input_ids", "labels")}
@@ -266,8 +267,8 @@ def test_a_first_start_that_failed_on_its_data_may_be_mended(parts, tmp_path):
     config = make_config(parts, tmp_path / "run", **changes)
     run = RunFolder.open(config, config.output_dir)
     with pytest.raises(InputError), run.recording():
-        prepare_data(config, run, instruct_run.build_model(config)[1])
+        prepare_data(config, run, instruct_run.build_model(config)[1], arguments_of(config, run))
         raise InputError("an image is damaged")
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     again = RunFolder.open(config, config.output_dir)
-    prepare_data(config, again, instruct_run.build_model(config)[1])
+    prepare_data(config, again, instruct_run.build_model(config)[1], arguments_of(config, again))

@@ -13,6 +13,7 @@ from sf_mllm.training.run_folder import RunFolder
 from sf_mllm.vlm.processing_sf_llava import SFLlavaProcessor
 from tests.tiny_text import make_tokenizer
 from tests.tiny_vlm import NUM_TOKENS, make_image, make_image_processor
+from tests.training.tiny_instruct import arguments_of
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,7 @@ def open_run(tmp_path, sources, **changes):
         "encoder": "unused",
         "decoder": "unused",
         "data": {"conversations": sources, "held_out": 2, **changes},
+        "train": {"max_steps": 1, "use_cpu": True},
     }
     (tmp_path / "config.yaml").write_text(json.dumps(values))
     config = load_run_config(InstructConfig, tmp_path / "config.yaml")
@@ -58,7 +60,7 @@ def open_run(tmp_path, sources, **changes):
 
 def prepare(tmp_path, processor, sources, **changes):
     config, run = open_run(tmp_path, sources, **changes)
-    return prepare_data(config, run, processor), run
+    return prepare_data(config, run, processor, arguments_of(config, run)), run
 
 
 def ids(dataset):

@@ -5,6 +5,7 @@ import json
 from transformers import TrainerCallback
 
 from sf_mllm.config import load_run_config
+from sf_mllm.training.arguments import make_training_arguments
 from sf_mllm.training.instruct.config import InstructConfig
 from tests.tiny_text import make_tokenizer
 from tests.tiny_vlm import make_decoder, make_encoder, make_image, make_image_processor
@@ -61,6 +62,10 @@ def make_config(parts, output_dir, **changes):
     file = parts / "config.yaml"
     file.write_text(json.dumps({"train": train}))
     return load_run_config(InstructConfig, file, [f"{key}={value}" for key, value in values.items()])
+
+
+def arguments_of(config, run):
+    return make_training_arguments(config.train, run.checkpoints, config.seed)
 
 
 class KilledError(Exception):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import TrainingArguments
 
 from sf_mllm.config import write_text_atomically
 from sf_mllm.data.conversation_sources import ChosenConversations, JoinedConversations
@@ -23,7 +24,6 @@ from sf_mllm.training.instruct.rows import (
     list_unusable,
     plan_rows,
 )
-from sf_mllm.training.process_order import main_process_first
 from sf_mllm.training.run_folder import RunFolder, is_main_process
 from sf_mllm.vlm.processing_sf_llava import SFLlavaProcessor
 
@@ -34,7 +34,7 @@ _DROPPED_FILE = "dropped.jsonl"
 
 
 def prepare_data(
-    config: InstructConfig, run: RunFolder, processor: SFLlavaProcessor
+    config: InstructConfig, run: RunFolder, processor: SFLlavaProcessor, arguments: TrainingArguments
 ) -> tuple[ConversationDataset, ConversationDataset, dict[str, int]]:
     """Find and check all conversations and split off the held-out ones.
 
@@ -48,10 +48,10 @@ def prepare_data(
         InputError: data cannot be used, changed since the run began, or holds unusable rows that are not to be dropped.
     """
     data = config.data
-    with main_process_first():  # scenes are drawn and tables are converted once
+    with arguments.main_process_first(local=False, desc="opening conversations"):  # some are drawn or converted once
         conversations = find_conversations(config, run.path / "scenes")
     _refuse_other_data(run.record.get("data"), conversations)
-    checks = _check_once(config, run, processor, conversations.source)
+    checks = _check_once(config, run, processor, arguments, conversations.source)
     plan = plan_rows(config, conversations, checks)
     if is_main_process():
         _write_dropped(run.path / _DROPPED_FILE, conversations, checks)
@@ -88,13 +88,17 @@ def prepare_data(
 
 
 def _check_once(
-    config: InstructConfig, run: RunFolder, processor: SFLlavaProcessor, source: JoinedConversations
+    config: InstructConfig,
+    run: RunFolder,
+    processor: SFLlavaProcessor,
+    arguments: TrainingArguments,
+    source: JoinedConversations,
 ) -> RowChecks:
     """Check the rows in the main process at a run's first start; everywhere else read what came out."""
     path = run.path / _CHECKS_FILE
     tokenizer, image_seq_length = processor.tokenizer, processor.image_seq_length
     key = digest(source.fingerprint, len(tokenizer), tokenizer.chat_template, image_seq_length, config.data.max_length)
-    with main_process_first():
+    with arguments.main_process_first(local=False, desc="checking conversations"):
         # Before the first checkpoint images may have been repaired since an earlier start looked at them.
         is_known = not is_main_process() or run.find_last_checkpoint() is not None
         checks = RowChecks.load(path, key) if is_known else None

@@ -89,7 +89,7 @@ def load_tokenizer(decoder: str, chat_template: str | None = None) -> PreTrained
 
     Args:
         decoder: directory or hub id.
-        chat_template: a built-in name or a Jinja file to take instead of the tokenizer's own template.
+        chat_template: as for `set_chat_template`.
 
     Raises:
         InputError: it cannot be had, or has no template that can teach where an answer ends.
@@ -98,10 +98,35 @@ def load_tokenizer(decoder: str, chat_template: str | None = None) -> PreTrained
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a broken file makes the readers stumble in many ways, and so does the hub
-        raise InputError(f"Decoder '{source}' cannot be loaded: {first_line(error)}.") from error
-    if chat_template is not None:
-        tokenizer.chat_template = load_chat_template(chat_template)
-    stop_token(tokenizer)  # refuses what training refuses
-    tokenizer.chat_template = accept_image_content(tokenizer.chat_template)
+        raise refusal_of_decoder(source, error) from error
+    set_chat_template(tokenizer, chat_template)
     add_image_token(tokenizer)
     return tokenizer
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
+    """Let a tokenizer's template, or another one, take images; return the token that ends an answer.
+
+    Args:
+        tokenizer: changed in place.
+        chat_template: a built-in name or a Jinja file to take instead of the tokenizer's own template.
+
+    Raises:
+        InputError: there is no template, or one that cannot teach where an answer ends.
+    """
+    if chat_template is not None:
+        tokenizer.chat_template = load_chat_template(chat_template)
+    stop = stop_token(tokenizer)
+    assert isinstance(tokenizer.chat_template, str)
+    tokenizer.chat_template = accept_image_content(tokenizer.chat_template)
+    return stop
+
+
+def refusal_of_decoder(source: str, error: Exception) -> InputError:
+    """Say in a sentence why transformers could not load a decoder or its tokenizer."""
+    if "trust_remote_code" in str(error):
+        return InputError(
+            f"Decoder '{source}' brings code of its own, which is never run; give one whose architecture is part of "
+            "transformers."
+        )
+    return InputError(f"Decoder '{source}' cannot be loaded: {first_line(error)}.")

@@ -12,14 +12,17 @@ from transformers import (
     set_seed,
 )
 
-from sf_mllm.data.chat import accept_image_content, stop_token
-from sf_mllm.data.chat_templates import load_chat_template
 from sf_mllm.encoder.image_processing_sparseformer import SparseFormerImageProcessor
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.encoder.strict_loading import refuse_misfit
 from sf_mllm.errors import InputError, first_line
 from sf_mllm.training.instruct.config import InstructConfig
-from sf_mllm.training.instruct.part_files import find_decoder, find_encoder
+from sf_mllm.training.instruct.part_files import (
+    find_decoder,
+    find_encoder,
+    refusal_of_decoder,
+    set_chat_template,
+)
 from sf_mllm.training.instruct.quantization import make_quantization_config
 from sf_mllm.vlm.build import build_sf_llava
 from sf_mllm.vlm.fingerprints import fingerprint_decoder
@@ -88,12 +91,7 @@ def load_decoder(
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a broken file makes the readers stumble in many ways, and so does the hub
-        if "trust_remote_code" in str(error):
-            raise InputError(
-                f"Decoder '{source}' brings code of its own, which is never run; give one whose architecture is part "
-                "of transformers."
-            ) from error
-        raise InputError(f"Decoder '{source}' cannot be loaded: {first_line(error)}.") from error
+        raise refusal_of_decoder(source, error) from error
     decoder, report = loaded
     # Published checkpoints often hold left-over buffers, which do no harm; what is missing would be random.
     refuse_misfit(type(decoder).__name__, source, {**report, "unexpected_keys": ()})
@@ -114,16 +112,14 @@ def join(
     Raises:
         InputError: there is no template, or one that cannot teach where an answer ends.
     """
-    if chat_template is not None:
-        tokenizer.chat_template = load_chat_template(chat_template)
-    stop = stop_token(tokenizer)
+    stop = set_chat_template(tokenizer, chat_template)
     assert isinstance(tokenizer.chat_template, str)
     return build_sf_llava(
         encoder,
         image_processor,
         decoder,
         tokenizer,
-        chat_template=accept_image_content(tokenizer.chat_template),
+        chat_template=tokenizer.chat_template,
         stop_token=stop,
         decoder_fingerprint=decoder_fingerprint,
     )

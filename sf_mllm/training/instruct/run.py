@@ -55,7 +55,7 @@ def run_instruct(config: InstructConfig) -> Path:
         with whole_weights(arguments):
             model, processor = build_model(config)
         record_fingerprints(run, model)
-        training, held_out, counts = prepare_data(config, run, processor)
+        training, held_out, counts = prepare_data(config, run, processor, arguments)
         trainer = InstructTrainer(
             projector_learning_rate=(
                 arguments.learning_rate if config.projector_learning_rate is None else config.projector_learning_rate
