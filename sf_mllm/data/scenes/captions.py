@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sf_mllm.data.scenes.domains import DOMAINS, MAX_OBJECTS, SHAPES, UNIT
+from sf_mllm.data.scenes.domains import DOMAINS, MAX_OBJECTS, UNIT
 from sf_mllm.data.scenes.draws import Draws, constant
 from sf_mllm.data.scenes.overlap import CLEARLY_HIDDEN
 from sf_mllm.data.scenes.sampling import RELATION_MARGIN, Scenes, choose
@@ -84,21 +84,20 @@ def phrase_captions(scenes: Scenes, draws: Draws) -> Captions:
 
 
 def all_phrases(device: str | torch.device, domain: str = "plain") -> Captions:
-    """Make every caption of one object, with every combination of stated and open attributes.
+    """Make the captions of one object that state one or two attributes, or colour, shape and place.
 
-    In a domain with many shapes only those that state one or two attributes, or colour, shape and place.
+    More would not do: an image feature has room for so many facts, and gives it to those that are asked for.
 
     Returns:
-        3239 captions of plain scenes, 4561 of cluttered ones; the one that states nothing is left out. Those that state
-        the same attributes stand together, see `count_families`.
+        887 captions of plain scenes, 4561 of cluttered ones. Those that state the same attributes stand together, see
+        `count_families`.
     """
     attributes = DOMAINS[domain].attributes
     columns = [torch.arange(ANY, len(values), device=device) for values in attributes.values()]
     stated = torch.cartesian_prod(*columns)[1:]  # [P, A]; the first has ANY throughout
-    if len(DOMAINS[domain].shapes) > len(SHAPES):
-        is_stated = stated != ANY
-        is_usual = torch.tensor([name in ("color", "shape", "place") for name in attributes], device=device)
-        stated = stated[(is_stated.sum(dim=1) <= 2) | (is_stated == is_usual).all(dim=1)]
+    is_stated = stated != ANY
+    is_usual = torch.tensor([name in ("color", "shape", "place") for name in attributes], device=device)
+    stated = stated[(is_stated.sum(dim=1) <= 2) | (is_stated == is_usual).all(dim=1)]
     stated = stated[_family(stated).argsort(stable=True)]
     zeros = torch.zeros(len(stated), dtype=torch.int64, device=device)
     phrase = F.pad(stated[:, None], (0, 0, 0, MAX_OBJECTS - 1), value=ANY)  # [P, 8, A]
