@@ -13,6 +13,8 @@ _SMALLEST_SIZE = 0.02
 _TRANSPORT_BLUR = 0.003
 """In squared image sizes: how much nearer one place must be than another to be preferred."""
 _TRANSPORT_ITERATIONS = 20
+_EVEN_SHARE = 0.02
+"""Of the content; dealt over the whole image alike."""
 _EDGE = 0.02
 """In image sizes; points that were only asked to stay inside would half the time end up just outside."""
 
@@ -176,9 +178,9 @@ def coverage_loss(feature_map: Tensor, rois: Tensor) -> Tensor:
 def attraction_loss(feature_map: Tensor, rois: Tensor) -> Tensor:
     """How far the centres of the RoIs are from being dealt out over the content of a feature map.
 
-    Content is where the features differ more from their mean over the image than they do on average; a tenth is spread
-    over the whole image, so that large even areas are not left alone. The regions are dealt to content in proportion,
-    each one to what is near it, by optimal transport; the loss is the squared distance to where each one is sent.
+    Content is where the features differ more from their mean over the image than they do on average; a little is spread
+    over the whole image, so that there is some in an even one. The regions are dealt to content in proportion, each one
+    to what is near it, by optimal transport; the loss is the squared distance to where each one is sent.
 
     Args:
         feature_map: [B, D, H, W].
@@ -193,7 +195,7 @@ def attraction_loss(feature_map: Tensor, rois: Tensor) -> Tensor:
     content = _content(feature_map)  # [B, HW]
     places = _places(feature_map)  # [HW, 2]
     excess = F.relu(content - content.mean(dim=1, keepdim=True))
-    mass = 0.9 * excess / excess.sum(dim=1, keepdim=True).clamp(min=1e-6) + 0.1 / len(places)
+    mass = (1 - _EVEN_SHARE) * excess / excess.sum(dim=1, keepdim=True).clamp(min=1e-6) + _EVEN_SHARE / len(places)
     with torch.no_grad():
         affinity = -(center[:, :, None] - places).square().sum(dim=-1) / _TRANSPORT_BLUR  # [B, N, HW]
         of_regions = torch.zeros_like(center[..., 0])
