@@ -16,7 +16,7 @@ from sf_mllm.data.scenes.captions import (
     count_families,
     list_captions,
     may_hold,
-    phrases_fit,
+    phrases_hold,
     relation_captions,
 )
 from sf_mllm.data.scenes.domains import DOMAINS
@@ -54,7 +54,7 @@ class Batch:
     pixels: Tensor  # [B, 3, H, W] uint8
     groups: list[CaptionGroup]  # as _CAPTION_KINDS
     phrases: Tensor  # [P, phrase length of the domain] tokens of every caption of one object
-    phrases_fit: Tensor  # [P, B, 8] bool, which of them fit which object
+    phrases_hold: Tensor  # [P, B] bool, which of them are true of which scene
     phrase_counts: list[int]  # how many phrases in a row state the same attributes; sums to P
     owners: Tensor  # [B, patches] slot of the object that each patch shows, or -1
 
@@ -91,7 +91,7 @@ class BatchMaker:
         self.indices = torch.zeros(batch_size // 2, dtype=torch.int64, device=device)
         self._render = torch.compile(render, dynamic=False) if compiles else render
         self._may_hold = torch.compile(may_hold, dynamic=False) if compiles else may_hold
-        self._phrases_fit = torch.compile(phrases_fit, dynamic=False) if compiles else phrases_fit
+        self._phrases_hold = torch.compile(phrases_hold, dynamic=False) if compiles else phrases_hold
         self._phrases = all_phrases(device, domain)
         self._phrase_tokens = tokenize(self._phrases)[:, : DOMAINS[domain].phrase_length]
         self._phrase_counts = count_families(self._phrases)
@@ -145,7 +145,7 @@ class BatchMaker:
             pixels=self._render(scenes, IMAGE_SIZE),
             groups=groups,
             phrases=self._phrase_tokens,
-            phrases_fit=self._phrases_fit(self._phrases, scenes),
+            phrases_hold=self._phrases_hold(self._phrases, scenes),
             phrase_counts=self._phrase_counts,
             owners=patch_owners(scenes, IMAGE_SIZE // PATCH_SIZE),
         )

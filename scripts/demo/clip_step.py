@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scripts.demo.clip_batch import WRONG_TEXTS, Batch, CaptionGroup
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
-from sf_mllm.data.scenes.domains import DOMAINS, MAX_OBJECTS
+from sf_mllm.data.scenes.domains import DOMAINS
 from sf_mllm.data.scenes.sampling import Scenes
 
 _PATCH_ATTRIBUTES = ("color", "shape", "size", "texture")
@@ -36,8 +36,8 @@ class TeacherTask(nn.Module):
         self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None] * 255, persistent=False)
 
     def forward(
-        self, pixels: Tensor, lists: Tensor, short: Tensor, phrases: Tensor, owners: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        self, pixels: Tensor, lists: Tensor, short: Tensor, phrases: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Encode a batch.
 
         Args:
@@ -45,12 +45,10 @@ class TeacherTask(nn.Module):
             lists: tokens [L, context length of the domain].
             short: tokens [S, its short length].
             phrases: tokens [P, its phrase length].
-            owners: [B, patches], see `Batch.owners`.
 
         Returns:
-            Unit features of images [B, E], objects [B, 8, E], lists and short texts [L + S, E] and phrases [P, E], and
-            patch logits [B, patches, classes]. An object's feature is the mean of its patches, read out as the class
-            token is; zero for an object that owns none.
+            Unit features of images [B, E], lists and short texts [L + S, E] and phrases [P, E], and patch logits
+            [B, patches, classes].
         """
         outputs = self.clip.visual.forward_intermediates(
             (pixels.float() - self.mean) / self.std, indices=1, normalize_intermediates=True, output_fmt="NLC"
@@ -58,11 +56,8 @@ class TeacherTask(nn.Module):
         image_features = F.normalize(outputs["image_features"].float(), dim=-1)
         text_features = torch.cat([self.encode_text(lists), self.encode_text(short)])
         patches = outputs["image_intermediates"][0]
-        is_owner = (owners[..., None] == torch.arange(MAX_OBJECTS, device=owners.device)).to(patches.dtype)  # [B, N, 8]
-        object_features = F.normalize((is_owner.mT @ patches @ self.clip.visual.proj).float(), dim=-1)
         return (
             image_features,
-            object_features,
             text_features,
             self.encode_text(phrases),
             self.patch_head(patches).float(),
@@ -143,27 +138,6 @@ def phrase_loss(image: Tensor, phrases: Tensor, scale: Tensor, holds: Tensor, co
         loss = F.softplus(false_mass - values).masked_fill(~is_true, 0)
         losses.append((loss.sum(dim=1) / is_true.sum(dim=1).clamp(min=1)).mean())
     return torch.stack(losses).mean()
-
-
-def object_phrase_loss(objects: Tensor, phrases: Tensor, scale: Tensor, batch: Batch) -> Tensor:
-    """Compare single objects with phrases as `phrase_loss` compares whole images.
-
-    One object has one true phrase of each kind where a crowded scene has eight. The image's own feature, which is read
-    out in the same way, would then have to gather what its patches say already.
-
-    Args:
-        objects: [B, 8, E] unit features, zero for those that own no patch.
-        phrases: [P, E] unit features.
-        scale: factor of the cosine similarities.
-        batch: what they belong to.
-
-    Returns:
-        Mean over objects that own a patch and sets of attributes.
-    """
-    owns_patch = (batch.owners[:, :, None] == torch.arange(MAX_OBJECTS, device=objects.device)).any(dim=1)  # [B, 8]
-    fits = (batch.phrases_fit & owns_patch).flatten(1)
-    loss = phrase_loss(objects.flatten(0, 1), phrases, scale, fits, batch.phrase_counts)
-    return loss * owns_patch.numel() / owns_patch.sum()
 
 
 def patch_loss(logits: Tensor, scenes: Scenes, owner: Tensor) -> Tensor:

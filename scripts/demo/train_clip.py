@@ -2,9 +2,9 @@
 
 What is to make it bind colours, shapes and places to objects instead of learning a bag of words: half of every batch
 are twin scenes with one edit, every image has captions of several kinds at once (lists, relations, counts) with wrong
-versions of each as negatives, it is compared with every phrase about one object that there is, and so are the patches
-of each single object, texts that happen to be true of another image are no negatives of it, an auxiliary loss tells
-what single patches show (its head is thrown away), and scenes grow from one object to eight.
+versions of each as negatives, it is compared with every phrase about one object that there is, texts that happen to be
+true of another image are no negatives of it, an auxiliary loss tells what single patches show (its head is thrown
+away), and scenes grow from one object to eight.
 Command: `python -m scripts.demo.train_clip --out DIR --seconds 400 --device cuda`.
 """
 
@@ -33,7 +33,6 @@ from scripts.demo.clip_model import (
 from scripts.demo.clip_step import (
     TeacherTask,
     contrastive_losses,
-    object_phrase_loss,
     patch_loss,
     phrase_loss,
     split_text,
@@ -151,9 +150,7 @@ def train(options: argparse.Namespace) -> list[ZeroShotResult]:
             group["lr"] = learning_rate
         batch = batches.make(step, progress)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda")):
-            image, objects, text, phrases, patches = forward(
-                batch.pixels, batch.lists, batch.short, batch.phrases, batch.owners
-            )
+            image, text, phrases, patches = forward(batch.pixels, batch.lists, batch.short, batch.phrases)
         scale = clip.logit_scale.exp()
         by_group = [
             contrastive_losses(image, features, scale, group)
@@ -161,8 +158,7 @@ def train(options: argparse.Namespace) -> list[ZeroShotResult]:
         ]
         parts = (
             *torch.stack(by_group).mean(dim=0),
-            phrase_loss(image, phrases, scale, batch.phrases_fit.any(dim=-1), batch.phrase_counts),
-            object_phrase_loss(objects, phrases, scale, batch),
+            phrase_loss(image, phrases, scale, batch.phrases_hold, batch.phrase_counts),
             patch_loss(patches, batch.scenes, batch.owners),
         )
         patch_weight = PATCH_LOSS_WEIGHTS[0] + progress * (PATCH_LOSS_WEIGHTS[1] - PATCH_LOSS_WEIGHTS[0])
@@ -184,7 +180,7 @@ def train(options: argparse.Namespace) -> list[ZeroShotResult]:
                 raise RuntimeError(f"The loss is {values[0]} at step {step}.")
             rate = (step - last_log[0]) * options.batch_size / max(clock.seconds() - last_log[1], 1e-9)
             last_log = (step, clock.seconds())
-            names = ("loss", "info_nce", "wrong_text", "twin", "phrase", "object_phrase", "patch", "logit_scale")
+            names = ("loss", "info_nce", "wrong_text", "twin", "phrase", "patch", "logit_scale")
             row = dict(zip(names, (round(value, 4) for value in values), strict=True))
             write(step=step, seconds=clock.seconds(), images_per_s=round(rate), lr=learning_rate, **row)
             shown = "  ".join(f"{name} {value:.3f}" for name, value in row.items())

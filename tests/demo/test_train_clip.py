@@ -12,7 +12,6 @@ from scripts.demo.clip_model import WEIGHTS_FILE, build_model, build_tokenizer, 
 from scripts.demo.clip_step import (
     TeacherTask,
     contrastive_losses,
-    object_phrase_loss,
     patch_loss,
     phrase_loss,
     split_text,
@@ -167,37 +166,6 @@ def test_phrase_loss_equals_a_plain_loop():
     assert image.grad.isfinite().all()
 
 
-def test_object_phrase_loss_is_the_phrase_loss_of_each_visible_object():
-    batch = make_batch(1, 8, seed=0, progress=0.9)
-    batch.owners[batch.owners == 0] = -1  # as if other objects hid the first one of each scene
-    generator = torch.Generator().manual_seed(0)
-    objects = F.normalize(torch.randn(8, MAX_OBJECTS, 5, generator=generator), dim=-1)
-    phrases = F.normalize(torch.randn(len(batch.phrases), 5, generator=generator), dim=-1)
-    scale, counts = torch.tensor(4.0), batch.phrase_counts
-    losses = [
-        phrase_loss(objects[scene, slot][None], phrases, scale, batch.phrases_fit[:, scene, slot, None], counts)
-        for scene in range(8)
-        for slot in range(1, int(batch.scenes.count[scene]))
-    ]
-    assert len(losses) > 10
-    torch.testing.assert_close(object_phrase_loss(objects, phrases, scale, batch), torch.stack(losses).mean())
-
-
-def test_an_object_has_the_feature_of_its_patches():
-    batch = make_batch(2, 8, seed=0, progress=0.9)
-    task = TeacherTask(build_model(model_config(64, 1, 1, 16), seed=0)).eval()
-    with torch.no_grad():
-        _, objects, _, _, _ = task(batch.pixels, batch.lists, batch.short, batch.phrases, batch.owners)
-        pixels = (batch.pixels.float() - task.mean) / task.std
-        tokens = task.clip.visual.forward_intermediates(pixels, indices=1, output_fmt="NLC")["image_intermediates"][0]
-        patches = task.clip.visual.ln_post(tokens) @ task.clip.visual.proj
-    for scene in range(8):
-        for slot in range(MAX_OBJECTS):
-            own = patches[scene][batch.owners[scene] == slot]
-            expected = F.normalize(own.mean(dim=0), dim=-1) if len(own) else torch.zeros(16)
-            torch.testing.assert_close(objects[scene, slot], expected)
-
-
 def test_perfect_patch_predictions_cost_nothing():
     batch = make_batch(0, 8, seed=0, progress=0.5)
     owner = patch_owners(batch.scenes, 14)
@@ -230,7 +198,7 @@ def test_short_text_gets_the_features_of_padded_text():
     batch = make_batch(2, 8, seed=0, progress=0.9)
     task = TeacherTask(build_model(model_config(64, 1, 2, 16), seed=0)).eval()
     with torch.no_grad():
-        _, _, text, phrases, _ = task(batch.pixels, batch.lists, batch.short, batch.phrases, batch.owners)
+        _, text, phrases, _ = task(batch.pixels, batch.lists, batch.short, batch.phrases)
         some = F.pad(batch.phrases[:50], (0, PLAIN.context_length - PLAIN.phrase_length), value=PAD)
         torch.testing.assert_close(phrases[:50], task.clip.encode_text(some, normalize=True))
         for features, group in zip(split_text(text, batch), batch.groups, strict=True):

@@ -110,24 +110,22 @@ def count_families(phrases: Captions) -> list[int]:
     return torch.unique_consecutive(_family(phrases.phrase[:, 0]), return_counts=True)[1].tolist()
 
 
-def phrases_fit(phrases: Captions, scenes: Scenes) -> Tensor:
-    """Tell which captions of one object fit which objects.
-
-    A caption is true of a scene where it fits any of its objects: what `may_hold` says, at an eighth of its work.
+def phrases_hold(phrases: Captions, scenes: Scenes) -> Tensor:
+    """Tell which captions of one object are true of which scenes: what `may_hold` says, at an eighth of its work.
 
     Args:
         phrases: T captions, from `all_phrases` or `phrase_captions`.
         scenes: B scenes.
 
     Returns:
-        [T, B, 8] bool.
+        [T, B] bool.
     """
     fact = facts(scenes)
     fits = scenes.present[None]
     for column in range(fact.shape[-1]):
         stated = phrases.phrase[:, 0, column, None, None]
         fits = fits & ((stated == fact[None, :, :, column]) | (stated == ANY))
-    return fits
+    return fits.any(dim=-1)
 
 
 def relation_captions(scenes: Scenes, draws: Draws) -> Captions:
