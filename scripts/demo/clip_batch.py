@@ -25,7 +25,7 @@ from sf_mllm.data.scenes.render import render
 from sf_mllm.data.scenes.sampling import Scenes, ScenesConfig, concatenate, sample_scenes
 from sf_mllm.data.scenes.words import tokenize
 
-WRONG_TEXTS = 3  # wrong versions of each caption
+WRONG_TEXTS = 1  # wrong versions of each caption
 PHASES = ((0.04, 1), (0.1, 2), (0.2, 4), (1.0, 8))  # (until this share of the run, most objects)
 CROWDED = 5  # objects from which on scenes are hard; in the last phase every second scene has as many
 _CAPTION_KINDS: tuple[Callable[[Scenes, Draws], Captions], ...] = (

@@ -2,9 +2,9 @@
 
 What is to make it bind colours, shapes and places to objects instead of learning a bag of words: half of every batch
 are twin scenes with one edit, every image has captions of several kinds at once (lists, relations, counts) with wrong
-versions of each as negatives, it is compared with every phrase about one object that there is, texts that happen to be
-true of another image are no negatives of it, an auxiliary loss tells what single patches show (its head is thrown
-away), and scenes grow from one object to eight.
+versions of each as negatives, it is compared with every phrase that names colour and shape of one object, texts that
+happen to be true of another image are no negatives of it, an auxiliary loss tells what single patches show (its head is
+thrown away), and scenes grow from one object to eight.
 Command: `python -m scripts.demo.train_clip --out DIR --seconds 400 --device cuda`.
 """
 
@@ -43,6 +43,7 @@ from sf_mllm.data.scenes.tasks import build_tasks, task_set_of
 from sf_mllm.errors import InputError, report_input_errors
 from sf_mllm.training.bootstrap.zero_shot import ZeroShotResult, format_results
 
+PHRASE_LOSS_WEIGHT = 3.0
 PATCH_LOSS_WEIGHTS = (0.3, 0.03)  # at the start and at the end of the run
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05
@@ -162,7 +163,8 @@ def train(options: argparse.Namespace) -> list[ZeroShotResult]:
             patch_loss(patches, batch.scenes, batch.owners),
         )
         patch_weight = PATCH_LOSS_WEIGHTS[0] + progress * (PATCH_LOSS_WEIGHTS[1] - PATCH_LOSS_WEIGHTS[0])
-        loss = sum(parts[:-1]) + patch_weight * parts[-1]
+        *contrasts, phrases_loss, patches_loss = parts
+        loss = sum(contrasts) + PHRASE_LOSS_WEIGHT * phrases_loss + patch_weight * patches_loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(task.parameters(), 1.0)
@@ -224,10 +226,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="default: compile")
     parser.add_argument("--evaluate-every-s", type=float, default=60, help="seconds between evaluations (default: 60)")
     parser.add_argument("--samples", type=int, default=512, help="per zero-shot task; twice that at the end")
-    parser.add_argument("--width", type=int, default=192, help="of both towers, a multiple of 64 (default: 192)")
-    parser.add_argument("--layers", type=int, default=12, help="of the image tower (default: 12)")
+    parser.add_argument("--width", type=int, default=256, help="of both towers, a multiple of 64 (default: 256)")
+    parser.add_argument("--layers", type=int, default=8, help="of the image tower (default: 8)")
     parser.add_argument("--text-layers", type=int, default=3, help="default: 3")
-    parser.add_argument("--embed-dim", type=int, default=256, help="default: 256")
+    parser.add_argument("--embed-dim", type=int, default=512, help="default: 512")
     options = parser.parse_args(arguments)
     if options.batch_size < 4 or options.batch_size % 2:
         raise InputError(f"Batch size {options.batch_size} is not possible; give an even number of at least 4.")
