@@ -13,7 +13,7 @@ _SMALLEST_SIZE = 0.02
 _TRANSPORT_BLUR = 0.003
 """In squared image sizes: how much nearer one place must be than another to be preferred."""
 _TRANSPORT_ITERATIONS = 20
-_EVEN_SHARE = 0.02
+_EVEN_SHARE = 0.01
 """Of the content; dealt over the whole image alike."""
 _EDGE = 0.02
 """In image sizes; points that were only asked to stay inside would half the time end up just outside."""
