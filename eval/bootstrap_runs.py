@@ -4,15 +4,18 @@
     python -m eval.bootstrap_runs collect runs/study/* --study regions --rows eval/results
 
 A study is a YAML file with `config`, a configuration of stage one, `overrides`, a list for all arms, and `arms`, a list
-of overrides for each name; the command line's overrides come last and go to all arms. `train` gives one process to each
-arm; the same command again goes on with what an interruption left. A row holds the last evaluation of one run folder.
+of overrides for each name; the command line's overrides come last and go to all arms. `train` gives one process and one
+GPU to each arm, which several arms share where there are more of them at once than GPUs; the same command again goes on
+with what an interruption left. A row holds the last evaluation of one run folder.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from sf_mllm.errors import CommandLineParser, InputError, report_input_errors
@@ -75,17 +78,34 @@ def train_study(study_file: Path, overrides: Sequence[str], out: Path, parallel:
     if parallel < 1:
         raise InputError(f"--parallel {parallel} is not possible; give at least 1.")
     out.mkdir(parents=True, exist_ok=True)
+    gpus = _visible_gpus()
+    places: SimpleQueue[str | None] = SimpleQueue()  # of the arms trained at once
+    for number in range(parallel):
+        places.put(gpus[number % len(gpus)] if gpus else None)
 
     def train(arm: str) -> int:
+        gpu = places.get()
+        environment = os.environ if gpu is None else os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
         settings = [*study.get("overrides", []), *study["arms"][arm], *overrides, f"output_dir={out / arm}"]
         command = [sys.executable, "-m", "sf_mllm.training.bootstrap", study["config"], *settings]
-        with (out / f"{arm}.log").open("w", encoding="utf-8") as log:
-            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        try:
+            with (out / f"{arm}.log").open("w", encoding="utf-8") as log:
+                status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+        finally:
+            places.put(gpu)
         print(f"{arm}: {'complete' if status == 0 else f'failed, see {log.name}'}", flush=True)
         return status
 
     with ThreadPoolExecutor(parallel) as pool:
         return sum(status != 0 for status in pool.map(train, study["arms"]))
+
+
+def _visible_gpus() -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES would say for each GPU that this process sees."""
+    import torch
+
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [names[number] if names[0] else str(number) for number in range(torch.cuda.device_count())]
 
 
 def make_rows(paths: Sequence[Path], study: str, note: str = "") -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 import csv
 import json
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,21 @@ def test_every_arm_of_a_study_is_a_configuration(study):
     for overrides in content["arms"].values():
         config = load_run_config(BootstrapConfig, ROOT / content["config"], [*content["overrides"], *overrides, *given])
         assert config.evaluation.zero_shot is not None
+
+
+def test_arms_are_dealt_over_the_gpus(tmp_path, monkeypatch):
+    seen = []
+    together = threading.Barrier(3)  # breaks if fewer arms run at once
+
+    def run(command, env, **_):
+        together.wait(timeout=20)
+        seen.append(env["CUDA_VISIBLE_DEVICES"])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    monkeypatch.setattr(subprocess, "run", run)
+    study = tmp_path / "study.yaml"
+    study.write_text("config: c.yaml\narms: {a: [], b: [], c: [], d: [], e: [], f: []}\n")
+    assert main(["train", "--out", str(tmp_path / "out"), "--parallel", "3", str(study)]) == 0
+    assert sorted(seen) == ["5", "5", "5", "5", "7", "7"]
