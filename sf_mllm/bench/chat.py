@@ -18,7 +18,7 @@ from sf_mllm.bench.chat_models import ChatModel, find_chat_model, load_chat_mode
 from sf_mllm.bench.conditions import Conditions, refuse_repeated
 from sf_mllm.bench.correctness import check_output
 from sf_mllm.bench.precision import computing_in
-from sf_mllm.bench.rows import COMPLETE, Row, round_to
+from sf_mllm.bench.rows import COMPLETE, NO_PROCESSOR, Row, round_to
 from sf_mllm.bench.timing import Spread, Work, forget_peak, held_bytes, peak_gib, to_gib, wait
 from sf_mllm.errors import InputError
 from sf_mllm.vlm.build import cast_weights
@@ -139,7 +139,7 @@ def _compare(candidates: list[_Candidate], conditions: Conditions, batch: int, n
                 else:
                     row.images_per_s = rate
             elif step == PREPROCESS and found.outcome == COMPLETE:
-                row.outcome = "random models have no processor"
+                row.outcome = NO_PROCESSOR
             yield row
 
 

@@ -8,7 +8,7 @@ import torch
 
 from sf_mllm.bench.correctness import WrongResultError
 from sf_mllm.bench.images import Images
-from sf_mllm.bench.rows import Row
+from sf_mllm.bench.rows import OUT_OF_MEMORY, Row
 from sf_mllm.bench.timing import Spread, Work, free_memory, is_out_of_memory, time_in_turns
 from sf_mllm.errors import InputError, first_line
 
@@ -39,7 +39,7 @@ class Conditions:
         What is neither out of memory, wrong nor bad input is a defect somewhere and shows its traceback.
         """
         if is_out_of_memory(error):
-            row.outcome = "out of memory"
+            row.outcome = OUT_OF_MEMORY
         elif isinstance(error, WrongResultError | InputError):
             row.outcome = str(error)
         else:

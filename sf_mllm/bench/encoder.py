@@ -74,7 +74,6 @@ def measure_encoders(
 def _load(loader: TowerLoader, size: ImageSize | None, conditions: Conditions) -> _Candidate:
     tower = loader(size)
     pixel_values = tower.normalise(conditions.images.pixels(_REFERENCE_IMAGES, tower.size)).to(conditions.device)
-    free_memory(conditions.device)
     with computing_in("float32", conditions.device):
         # One by one: that the batch does not matter is part of what is checked.
         reference = torch.cat([tower.module.to(conditions.device)(image[None]).float().cpu() for image in pixel_values])
@@ -92,7 +91,8 @@ def _compare(
     batch: int,
 ) -> list[Row]:
     """Measure all towers in one arrangement."""
-    torch._dynamo.reset()  # a limit on how often one function is compiled counts earlier arrangements, too
+    if mode != "eager":
+        torch._dynamo.reset()  # a limit on how often one function is compiled counts earlier arrangements, too
     rows: dict[str, Row] = {}
     works: dict[str, Work] = {}
     for name, candidate in candidates.items():

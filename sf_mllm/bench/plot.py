@@ -8,16 +8,19 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
+from sf_mllm.bench.choices import MODES, PRECISIONS
 from sf_mllm.bench.encoder import STEP
 from sf_mllm.bench.rows import COMPLETE
 from sf_mllm.bench.tower import RANDOM
 from sf_mllm.errors import InputError, nearest
 
 _FORMATS = (".png", ".svg", ".pdf")
-_NEEDED = (*("step", "model", "weights", "visual_tokens", "width", "height", "batch", "precision", "mode"),)
+_CIRCUMSTANCES = ("step", "model", "weights", "visual_tokens", "width", "height", "batch", "precision", "mode")
 _FIGURES = ("outcome", "time_ms", "time_ms_q25", "time_ms_q75", "images_per_s", "device", "torch")
-_PANEL_IN = (5.2, 3.8)
+_PANEL_IN = (4.6, 4.2)
 _MARKERS = "osD^vP*X<>"
 
 
@@ -29,14 +32,9 @@ class _Point:
 
     @property
     def label(self) -> str:
-        how = (
-            ""
-            if (self.row["precision"], self.row["mode"]) == ("float32", "eager")
-            else ", ".join((self.row["precision"], self.row["mode"]))
-        )
-        weights = RANDOM if self.row["weights"] == RANDOM else ""
-        notes = ", ".join(filter(None, (how, weights)))
-        return self.row["model"] + (f" ({notes})" if notes else "")
+        notes = [self.row[name] for name in ("precision", "mode", "weights")]
+        noted = [note for note in notes if note in (*PRECISIONS, *MODES, RANDOM) and note not in ("float32", "eager")]
+        return self.row["model"] + (f" ({', '.join(noted)})" if noted else "")
 
     @property
     def megapixels(self) -> float:
@@ -49,8 +47,8 @@ class _Point:
 def plot_rows(file: Path, out: Path | None = None, accuracy: Path | None = None) -> Path:
     """Draw the rows of encoders in a file.
 
-    Of rows measured several times the last one counts. Where towers were measured at several sizes, the first two
-    panels show each at the smallest.
+    Drawn are the rows of the device that the last one names; of rows measured several times the last one counts. Where
+    towers were measured at several sizes, the first two panels show each at its first one in the file.
 
     Args:
         file: that `--rows` has written.
@@ -73,13 +71,13 @@ def plot_rows(file: Path, out: Path | None = None, accuracy: Path | None = None)
     )
     shown = [point for point in points if scores is None or point.row["model"] in scores]
     batches = sorted({int(point.row["batch"]) for point in shown})
-    smallest = _at_smallest_size(shown)
+    at_first_size = _at_first_size(shown)
     sizes = {point.label: len({p.megapixels for p in points if p.label == point.label}) for point in points}
     has_sizes = max(sizes.values()) > 1
 
     figure = Figure(figsize=(_PANEL_IN[0] * (3 if has_sizes else 2), _PANEL_IN[1]), layout="constrained")
     axes: Any = figure.subplots(1, 3 if has_sizes else 2, squeeze=False)[0]
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         label: {"color": f"C{index % 10}", "marker": _MARKERS[index % len(_MARKERS)]}
         for index, label in enumerate(dict.fromkeys(point.label for point in points))
     }
@@ -88,16 +86,15 @@ def plot_rows(file: Path, out: Path | None = None, accuracy: Path | None = None)
         (axes[0], batches[0], "time_ms", f"Latency in ms, batch {batches[0]}"),
         (axes[1], batches[-1], "images_per_s", f"Images/s, batch {batches[-1]}"),
     ):
-        for point in smallest:
+        for point in at_first_size:
             if int(point.row["batch"]) == batch:
                 _draw_point(panel, point, place(point), column, styles[point.label])
-        panel.set(title=title, xlabel=slot, yscale="log")
-        if scores is None:
-            panel.set_xscale("log")
-        panel.grid(alpha=0.2, which="both")
+        panel.set(title=title, xlabel=slot, yscale="log", xscale="log" if scores is None else "linear")
+        _finish(panel)
     if has_sizes:
         _draw_sizes(axes[2], [p for p in points if int(p.row["batch"]) == batches[0]], batches[0], styles)
-    axes[0].legend(fontsize=7, frameon=False)
+    handles = [Line2D([], [], linestyle="", label=label, **style) for label, style in styles.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     last = points[-1].row
     figure.suptitle(f"{last['device']}, PyTorch {last['torch']}", fontsize=9)
     try:
@@ -107,38 +104,49 @@ def plot_rows(file: Path, out: Path | None = None, accuracy: Path | None = None)
     return out
 
 
-def _draw_point(panel: Axes, point: _Point, x: float, column: str, style: dict[str, str]) -> None:
+def _draw_point(panel: Axes, point: _Point, x: float, column: str, style: dict[str, Any]) -> None:
     y = point.figure(column)
     if column == "time_ms":
         low, high = point.figure("time_ms_q25"), point.figure("time_ms_q75")
-        panel.errorbar(x, y, yerr=[[y - low], [high - y]], label=point.label, capsize=2, **style)  # type: ignore[arg-type]
+        panel.errorbar(x, y, yerr=[[y - low], [high - y]], capsize=2, **style)
     else:
-        panel.plot(x, y, label=point.label, **style)  # type: ignore[arg-type]
+        panel.plot(x, y, **style)
 
 
-def _draw_sizes(panel: Axes, points: list[_Point], batch: int, styles: dict[str, dict[str, str]]) -> None:
+def _draw_sizes(panel: Axes, points: list[_Point], batch: int, styles: dict[str, dict[str, Any]]) -> None:
     for label in dict.fromkeys(point.label for point in points):
         own = sorted((p for p in points if p.label == label), key=lambda p: p.megapixels)
-        panel.plot([p.megapixels for p in own], [p.figure("time_ms") for p in own], label=label, **styles[label])  # type: ignore[arg-type]
+        panel.plot([p.megapixels for p in own], [p.figure("time_ms") for p in own], **styles[label])
     panel.set(title=f"Time in ms, batch {batch}", xlabel="megapixels of an image", xscale="log", yscale="log")
-    panel.grid(alpha=0.2, which="both")
+    _finish(panel)
 
 
-def _at_smallest_size(points: list[_Point]) -> list[_Point]:
-    smallest: dict[tuple[str, str], _Point] = {}
+def _at_first_size(points: list[_Point]) -> list[_Point]:
+    first: dict[tuple[str, str], _Point] = {}
     for point in points:
-        key = (point.label, point.row["batch"])
-        if key not in smallest or point.megapixels < smallest[key].megapixels:
-            smallest[key] = point
-    return list(smallest.values())
+        first.setdefault((point.label, point.row["batch"]), point)
+    return list(first.values())
+
+
+def _finish(panel: Axes) -> None:
+    """Write numbers on logarithmic axes as they are, and few of them."""
+    for axis in (panel.xaxis, panel.yaxis):
+        if axis.get_scale() == "log":
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_major_formatter(FormatStrFormatter("%g"))
+            axis.set_minor_formatter(NullFormatter())
+    panel.margins(0.1)
+    panel.grid(alpha=0.2)
 
 
 def _read_points(file: Path) -> list[_Point]:
     points: dict[tuple[str, ...], _Point] = {}
-    for row in _read(file, (*_NEEDED, *_FIGURES)):
-        if row["step"] == STEP and row["outcome"] == COMPLETE:
-            key = tuple(row[name] for name in _NEEDED)
-            points.pop(key, None)
+    rows = [
+        row for row in _read(file, (*_CIRCUMSTANCES, *_FIGURES)) if (row["step"], row["outcome"]) == (STEP, COMPLETE)
+    ]
+    for row in rows:
+        if row["device"] == rows[-1]["device"]:
+            key = tuple(row[name] for name in _CIRCUMSTANCES)
             points[key] = _Point(row)
     if not points:
         raise InputError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sf_mllm.bench.conditions import Conditions, refuse_repeated
-from sf_mllm.bench.rows import Row, round_to
+from sf_mllm.bench.rows import NO_PROCESSOR, Row, round_to
 from sf_mllm.bench.sizes import ImageSize
 from sf_mllm.bench.timing import Spread, Work
 from sf_mllm.bench.towers import find_tower
@@ -47,7 +47,7 @@ def measure_preprocessing(names: Sequence[str], conditions: Conditions, *, sizes
         for name, tower in towers.items():
             rows[name] = Row(PROTOCOL, PREPROCESS, name)
             if tower.preprocess is None:
-                rows[name].outcome = "no image processor comes with it"
+                rows[name].outcome = NO_PROCESSOR
             else:
                 works[name] = functools.partial(_for_each, tower.preprocess, pictures)
         for work in works.values():

@@ -19,8 +19,8 @@ from sf_mllm.training.environment import describe_revision
 
 FILE = "throughput.csv"
 """Name of the file that `python -m sf_mllm.bench --rows FOLDER` appends to."""
-COMPLETE = "complete"
-"""Outcome of what could be measured."""
+COMPLETE, OUT_OF_MEMORY, NO_PROCESSOR = "complete", "out of memory", "no image processor"
+"""Outcomes of what could be measured, of what does not fit, and of what has no such part; others are failures."""
 
 Value = float | int | str
 """Of a cell; "" where there is nothing to say."""
@@ -56,7 +56,7 @@ class Row:
     images: str = ""
     """"drawings", or the folder of the user's images."""
     outcome: str = COMPLETE
-    """"complete", or why there are no figures."""
+    """"complete", "out of memory", "no image processor", or what went wrong."""
     relative_error: Value = ""
     """Distance from the same model in eager float32, over the length of its output."""
     time_ms: Value = ""

@@ -15,7 +15,16 @@ from sf_mllm.bench.encoder import measure_encoders
 from sf_mllm.bench.images import Images
 from sf_mllm.bench.lines import describe_group, describe_row
 from sf_mllm.bench.preprocess import DECODE, PREPROCESS, measure_preprocessing
-from sf_mllm.bench.rows import FILE, Row, append_rows, describe_provenance, refuse_other_columns
+from sf_mllm.bench.rows import (
+    COMPLETE,
+    FILE,
+    NO_PROCESSOR,
+    OUT_OF_MEMORY,
+    Row,
+    append_rows,
+    describe_provenance,
+    refuse_other_columns,
+)
 from sf_mllm.bench.sizes import ImageSize
 from sf_mllm.bench.startup import measure_startup
 from sf_mllm.bench.tower import RANDOM
@@ -23,7 +32,7 @@ from sf_mllm.inference.loading import choose_device, choose_dtype
 
 _OVERVIEW_RUNS = 3
 _OVERVIEW_SIZE = ImageSize(640, 480)
-_BAD_OUTCOMES = ("wrong", "failed")
+_GOOD_OUTCOMES = (COMPLETE, OUT_OF_MEMORY, NO_PROCESSOR)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -47,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"{where['device']}, {threads} threads, PyTorch {where['torch']}, revision {where['revision']}", flush=True)
     has_random = has_bad = False
     group = ""
-    names = [*getattr(options, "towers", DEFAULT_TOWERS), *getattr(options, "models", DEFAULT_CHATS)]
+    names = (*DEFAULT_CHATS, *getattr(options, "towers", DEFAULT_TOWERS), *getattr(options, "models", ()))
     width = max(map(len, names))
     for row in _COMMANDS[options.command](options, device):
         if describe_group(row) != group:
@@ -55,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
             print(group)
         print(describe_row(row, width), flush=True)
         has_random |= row.weights == RANDOM
-        has_bad |= row.outcome.startswith(_BAD_OUTCOMES)
+        has_bad |= row.outcome not in _GOOD_OUTCOMES
         if options.rows is not None:
             kind = "cpu" if row.step in (DECODE, PREPROCESS) else str(device)
             append_rows(options.rows / FILE, [row.to_record(provenance[kind])])
@@ -127,10 +136,14 @@ def _conditions(options: argparse.Namespace, device: torch.device) -> Conditions
     return Conditions(device, Images(options.images), repeats=options.repeats, seconds=options.seconds)
 
 
+def _is_ours(record: logging.LogRecord) -> bool:
+    return record.name.startswith("sf_mllm")
+
+
 def _quiet_libraries() -> None:
     """Show this package's warnings only: random weights, which open_clip warns of, are in every row."""
     logging.basicConfig(format="%(message)s")
-    logging.getLogger().addFilter(lambda record: record.name.startswith("sf_mllm"))
+    logging.getLogger().addFilter(_is_ours)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(open_clip|timm|transformers)\.")

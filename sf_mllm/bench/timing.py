@@ -126,9 +126,9 @@ def free_memory(device: torch.device) -> None:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Watch for a new peak of memory from here on."""
-    free_memory(device)
+    """Watch for a new peak of memory on a GPU from here on."""
     if device.type == "cuda":
+        free_memory(device)
         torch.cuda.reset_peak_memory_stats(device)
 
 
@@ -161,7 +161,6 @@ def is_out_of_memory(error: Exception) -> bool:
 def _garbage_stays() -> Iterator[None]:
     """Keep Python's garbage collector from running within a call that is timed."""
     was_enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
