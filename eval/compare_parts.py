@@ -16,6 +16,7 @@ from eval.peers.pixel_shuffle import PixelShuffle
 from eval.peers.resampler import Resampler
 from eval.peers.teacher_patches import TeacherPatches
 from sf_mllm.assets import resolve_demo
+from sf_mllm.bench.our_towers import EncoderTokens
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.image_processing_sparseformer import SparseFormerImageProcessor
@@ -68,18 +69,6 @@ class Tower:
     prepare: Callable[[Tensor], Tensor]
     width: int
     num_tokens: int
-
-
-class EncoderTokens(nn.Module):
-    """Tokens of an encoder of ours: all of them, class token included, behind the final norm, as `SFLlavaModel`."""
-
-    def __init__(self, encoder: SparseFormerModel) -> None:
-        super().__init__()
-        self.encoder = encoder.requires_grad_(False).eval()
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, N, D]."""
-        return self.encoder(pixel_values.to(self.encoder.dtype)).last_hidden_state
 
 
 class Parts:

@@ -23,7 +23,6 @@ from eval.compare_data import (
 )
 from eval.compare_model import join_llava
 from eval.compare_parts import NO_IMAGE, OF_TEACHER, Parts, Settings, Tower
-from eval.rows import provenance
 from eval.scene_qa import (
     HELD_OUT_SEED,
     PROTOCOLS,
@@ -33,6 +32,8 @@ from eval.scene_qa import (
     render_prompt,
     score,
 )
+from sf_mllm.bench.rows import describe_provenance
+from sf_mllm.bench.timing import forget_peak, held_bytes, now, peak_gib
 from sf_mllm.config import write_text_atomically
 from sf_mllm.constants import IMAGE_TOKEN
 from sf_mllm.data.scenes.questions import QUESTION_TYPES
@@ -113,17 +114,15 @@ def train_variant(
         missing = [run for run in runs if run.layer == layer and not result_file(out, run).is_file()]
         if not missing:
             continue
-        began = time.monotonic()
+        began = now(device)
         seen = _see_images(parts, missing[0], asked, device)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        features_s = round(time.monotonic() - began, 2)
+        features_s = round(now(device) - began, 2)
         for run in missing:
             logger.info("%s", run.name)
             gc.collect()  # of the run before, whose memory would count as this one's
             result = _train_and_answer(parts, run, texts, seen, asked, out, device, compiled)
             shared = {"features_s": features_s, "compiled": compiled, "parallel": parallel, "outcome": "complete"}
-            row = {**result, **shared, **provenance(device.type)}
+            row = {**result, **shared, **describe_provenance(device.type)}
             write_text_atomically(result_file(out, run), json.dumps(row, indent=1))
 
 
@@ -181,15 +180,14 @@ def _train_and_answer(
     )
     trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     is_cuda = device.type == "cuda"
-    before = torch.cuda.memory_allocated() if is_cuda else 0
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats()
+    forget_peak(device)
+    before = held_bytes(device)
     (out / "runs").mkdir(exist_ok=True)
     trainer = make_trainer(model, settings, run, training, out, device, compiled)
     began = time.monotonic()
     trainer.train()
     training_s = time.monotonic() - began
-    memory = round((torch.cuda.max_memory_allocated() - before) / 2**30, 3) if is_cuda else ""
+    memory = peak_gib(device, besides=before)
     validation_loss = trainer.evaluate(validation)["eval_loss"]
 
     answering = model.merge_and_unload().eval()

@@ -9,8 +9,6 @@ Times are medians. On a GPU weights are bfloat16 (float32 under bfloat16 autocas
 """
 
 import functools
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +19,7 @@ from eval.compare_data import TRAINING_SEED, TensorConversations, Texts, render_
 from eval.compare_model import join_llava
 from eval.compare_parts import Parts
 from eval.compare_run import Run, encode_prompts
+from sf_mllm.bench.timing import forget_peak, peak_gib, time_in_turns
 from sf_mllm.constants import IMAGE_TOKEN
 from sf_mllm.vlm.adapters import add_adapters
 
@@ -72,7 +71,7 @@ def measure_speed(
     def first_token(inputs: dict[str, Tensor]) -> Tensor:
         return model(**inputs, logits_to_keep=1).logits.argmax(-1)
 
-    _forget_peak(device)
+    forget_peak(device)
     with torch.inference_mode():
         for batch in BATCHES:
             inputs = dict(encode_prompts(tokenizer, [image + _QUESTION] * batch).to(device))
@@ -82,7 +81,7 @@ def measure_speed(
                 encode = functools.partial(model.model.get_image_features, some)
                 figures[f"encoder_ms_{batch}"] = _median_ms(encode, device, repeats)
             figures[f"first_token_ms_{batch}"] = _median_ms(functools.partial(first_token, inputs), device, repeats)
-    figures["answer_memory_gib"] = _peak_gib(device)
+    figures["answer_memory_gib"] = peak_gib(device)
     return figures | measure_training(parts, run, texts, device=device, repeats=repeats)
 
 
@@ -120,39 +119,14 @@ def measure_training(
         loss.backward()
         model.zero_grad()
 
-    _forget_peak(device)
+    forget_peak(device)
     return {
         "train_step_ms": _median_ms(step, device, max(1, repeats // 4)),
-        "train_step_memory_gib": _peak_gib(device),
+        "train_step_memory_gib": peak_gib(device),
     }
 
 
 def _median_ms(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """Milliseconds of one call, the device's work included."""
-
-    def seconds() -> float:
-        _wait(device)
-        began = time.perf_counter()
-        work()
-        _wait(device)
-        return time.perf_counter() - began
-
-    for _ in range(min(repeats, 10)):
-        work()
-    return round(1e3 * statistics.median(seconds() for _ in range(repeats)), 3)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _forget_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_gib(device: torch.device) -> float | str:
-    """Peak since `_forget_peak`; unknown on a CPU, whose peak is that of the whole process."""
-    return round(torch.cuda.max_memory_allocated() / 2**30, 3) if device.type == "cuda" else ""
+    times = time_in_turns({"work": work}, device, repeats=repeats, warmup=min(repeats, 10))
+    return round(times["work"].median, 3)

@@ -4,7 +4,7 @@
 
 Protocol `instruct-speed-1`: optimizer steps of configs/finetune/vicuna_7b.yaml (LoRA of rank 128, rows of up to 2048
 tokens, activation checkpointing, bf16) through the project's own Trainer, on the mix of a LLaVA run in batches of
-similar lengths (`eval/instruct_sizes.py`). `sparseformer`: the large encoder, 64 tokens an image, and a language model
+similar lengths (`eval/instruct_rows.py`). `sparseformer`: the large encoder, 64 tokens an image, and a language model
 of Llama-7B's shape; `sparseformer_qlora`: the same with the language model in 4 bits; `patches`: transformers' LLaVA
 with all 576 patches of a ViT-L/14 at 336 px. Each first takes a few steps that are not counted, among them that of the
 longest rows. Tokens are those of the rows, visual ones included and padding left out. The peak of memory comes from the
@@ -16,7 +16,6 @@ import argparse
 import gc
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -64,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from eval.instruct_sizes import SIZES, count_visual_tokens
     from eval.rows import append_rows
+    from sf_mllm.bench.random_models import SIZES, count_visual_tokens
     from sf_mllm.training.progress import configure_logging
 
     configure_logging()
@@ -118,7 +117,9 @@ def train(options: argparse.Namespace, model: str, micro_batch: int, work: Path,
     import torch
     from transformers import TrainerCallback, set_seed
 
-    from eval.instruct_sizes import MIX_ROWS, SIZES, MixRows, count_visual_tokens, join_sparseformer, join_stock_llava
+    from eval.instruct_rows import MIX_ROWS, MixRows
+    from sf_mllm.bench.random_models import SIZES, count_visual_tokens, join_sparseformer, join_stock_llava
+    from sf_mllm.bench.timing import forget_peak, now
     from sf_mllm.config import load_run_config
     from sf_mllm.data.collate import ConversationCollator
     from sf_mllm.training.arguments import make_training_arguments
@@ -139,7 +140,7 @@ def train(options: argparse.Namespace, model: str, micro_batch: int, work: Path,
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == _WARMUP_STEPS:
-                self.began = now()
+                self.began = now(device)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.peaks.append(peak_memory_gib())
@@ -147,12 +148,7 @@ def train(options: argparse.Namespace, model: str, micro_batch: int, work: Path,
                 torch.cuda.reset_peak_memory_stats()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.ended = now()
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+            self.ended = now(device)
 
     size = SIZES[options.size]
     folder = Path(tempfile.mkdtemp(prefix=f"{model}-{micro_batch}-", dir=work))
@@ -201,8 +197,7 @@ def train(options: argparse.Namespace, model: str, micro_batch: int, work: Path,
     watch = Watch()
     trainer.add_callback(watch)
     report_progress(trainer, run)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # of building the model
+    forget_peak(device)  # of building the model
     trainer.train()
     seconds = watch.ended - watch.began
     tokens, lengths = sum(dataset.lengths), [dataset.lengths[row] for row in order]
@@ -227,7 +222,7 @@ def _make_decoder(size: Any, model: str, folder: Path, device: Any) -> Any:
     """Return a random decoder; for QLoRA it goes over the disk, where transformers quantises while it loads."""
     from transformers import AutoModelForCausalLM
 
-    from eval.instruct_sizes import make_decoder
+    from sf_mllm.bench.random_models import make_decoder
     from sf_mllm.training.instruct.quantization import make_quantization_config
 
     if model != "sparseformer_qlora":

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from eval.rows import append_rows
-from sf_mllm import SparseFormerConfig, SparseFormerImageProcessor, SparseFormerModel, SparseFormerOutput
+from sf_mllm import SparseFormerImageProcessor, SparseFormerModel, SparseFormerOutput
 from sf_mllm.assets import resolve_demo
+from sf_mllm.bench.our_towers import random_encoder
 from sf_mllm.data.image_io import open_image
 from sf_mllm.data.image_sources import find_images
-from sf_mllm.encoder.layers import MatrixGenerator, ZeroStartLinear
 from sf_mllm.errors import InputError, report_input_errors
 
 MODES = ("bf16 autocast", "fp16 autocast", "bf16 model")
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     directory = resolve_demo(arguments.model)
     trained = Path(directory).is_dir()
-    model = SparseFormerModel.from_pretrained(directory) if trained else random_model(arguments.model)
+    model = SparseFormerModel.from_pretrained(directory) if trained else random_encoder(arguments.model)
     model = model.eval().float().to(arguments.device)
     images = read_images(arguments.images, arguments.count, directory if trained else None).to(arguments.device)
     reference = run(model, images)
@@ -74,18 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.rows is not None:
         append_rows("precision", rows, arguments.device, arguments.rows)
     return 0
-
-
-@torch.no_grad()
-def random_model(name: str) -> SparseFormerModel:
-    """A published size whose zero-started layers are drawn too: regions move, and tokens mix differently."""
-    model = SparseFormerModel(SparseFormerConfig.from_name(name))
-    for module in model.modules():
-        if isinstance(module, ZeroStartLinear):
-            torch.nn.init.normal_(module.weight, std=0.1)
-        elif isinstance(module, MatrixGenerator):
-            torch.nn.init.normal_(module.weight, std=0.1 * module.in_features**-0.5)
-    return model
 
 
 def read_images(folder: Path | None, count: int, model: str | None) -> torch.Tensor:

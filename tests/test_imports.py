@@ -28,16 +28,17 @@ ALLOWED = {
     "training": _BASE | {"ops", "encoder", "vlm", "data", "registration", "regions", "remote_code"},
     "inference": _BASE | {"ops", "encoder", "vlm", "registration", "regions"},
     "cli": _BASE | {"ops", "encoder", "vlm", "registration", "regions", "inference", "data"},
+    "bench": _BASE | {"ops", "encoder", "vlm", "registration", "inference", "data", "training"},
 }
 # Packages that only these parts or files may import.
 ONLY_IN = {
-    "argparse": {"errors.py", "cli", "training", "data"},
+    "argparse": {"errors.py", "cli", "training", "data", "bench"},
     "peft": {"vlm/adapters.py", "training"},
-    "open_clip": {"training", "encoder/open_clip_tower.py"},
-    "timm": {"training", "encoder/vit_timm.py"},
+    "open_clip": {"training", "encoder/open_clip_tower.py", "bench/library_towers.py"},
+    "timm": {"training", "encoder/vit_timm.py", "bench/library_towers.py"},
     "omegaconf": {"config.py", "training"},
     "accelerate": {"training"},
-    "matplotlib": {"training/report/figures.py"},
+    "matplotlib": {"training/report/figures.py", "bench/plot.py"},
     "datasets": {"data/image_specs.py", "data/image_sources.py", "data/tables.py", "data/conversation_tables.py"},
     "webdataset": {"data/image_specs.py", "data/tar_shards.py"},
 }
@@ -50,6 +51,7 @@ ENTRY_POINTS = (
     "sf_mllm.training.check_data",
     "sf_mllm.training.merge",
     "sf_mllm.data.scenes",
+    "sf_mllm.bench",
 )
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 import yaml
 
+from sf_mllm.bench.arguments import parse_arguments as parse_bench_arguments
+from sf_mllm.bench.towers import find_tower
 from sf_mllm.cli.arguments import parse_arguments
 from sf_mllm.cli.chat import COMMANDS
 from sf_mllm.config import load_run_config
@@ -56,6 +58,10 @@ def test_command_exists(words, monkeypatch):
         requests = []
         monkeypatch.setattr("sf_mllm.training.merge.run.run_merge", requests.append)
         assert merge(words[3:]) == 0 and requests[0].output == "merged"
+    elif words[:3] == ["python", "-m", "sf_mllm.bench"]:
+        options = parse_bench_arguments(words[3:])
+        for name in getattr(options, "towers", ()):
+            assert Path(name).parts[0] == "runs" or find_tower(name)
     else:
         assert words[:3] == ["python", "-m", "sf_mllm.cli"]
         assert parse_arguments(words[3:]).image == "photo.jpg"

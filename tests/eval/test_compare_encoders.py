@@ -20,7 +20,7 @@ from eval.compare_data import (
 )
 from eval.compare_encoders import SIZES, main
 from eval.compare_model import join_llava
-from eval.compare_parts import EncoderTokens, Parts, Settings, Tower
+from eval.compare_parts import Parts, Settings, Tower
 from eval.compare_run import Run, answer, build_model, encode_prompts, make_trainer, plan_runs
 from eval.compare_table import markdown_table
 from eval.peers.all_tokens import AllTokens
@@ -29,6 +29,7 @@ from eval.peers.pixel_shuffle import PixelShuffle
 from eval.peers.resampler import Resampler
 from eval.peers.teacher_patches import TeacherPatches
 from eval.scene_qa import HELD_OUT_SEED, answer_from_images, held_out_questions
+from sf_mllm.bench.our_towers import EncoderTokens
 from sf_mllm.data.chat import encode_conversation
 from sf_mllm.errors import InputError
 from sf_mllm.training.instruct.parts import join

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from eval import instruct_speed
-from eval.instruct_sizes import SIZES, MixRows, count_visual_tokens, join_sparseformer, make_decoder
+from eval.instruct_rows import MixRows
 from eval.instruct_speed import FIGURES, main
+from sf_mllm.bench.random_models import SIZES, count_visual_tokens, join_sparseformer, make_decoder
 from sf_mllm.constants import IGNORE_INDEX
 
 REHEARSAL = ["--size", "tiny", "--steps", "4", "--micro-batch", "4"]

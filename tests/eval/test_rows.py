@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.rows import append_rows, provenance
+from eval.rows import append_rows
+from sf_mllm.bench.rows import describe_provenance
 
 
 def test_rows_are_appended_with_their_provenance(tmp_path: Path) -> None:
@@ -14,7 +15,7 @@ def test_rows_are_appended_with_their_provenance(tmp_path: Path) -> None:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["metric"] for row in rows] == ["a", "b", "c"]
-    assert all(row[column] for row in rows for column in provenance("cpu"))
+    assert all(row[column] for row in rows for column in describe_provenance("cpu"))
 
 
 def test_other_columns_are_refused(tmp_path: Path) -> None:

@@ -1,22 +1,13 @@
-"""Full-size models of stage two with random weights, and rows as a LLaVA run sees them, for measurements of speed.
+"""Chat models with random weights: our encoder, or all patches of a ViT, in front of one language model.
 
-Random weights cost what trained ones cost. Inputs are random, too: a GPU computes on zeros faster than on numbers.
-
-The mix is that of LLaVA-1.5's second stage: 665,298 rows, of which 40,688 are text only (ShareGPT). Its lengths are not
-published; they follow here from what is. The file is about 1 GB of JSON, which is 1.5 KB or some 300 text tokens a row;
-text-only rows are long conversations, of which many are cut at the maximum length. So text lengths are log-normal with
-a median of 160 tokens (mean 240) beside an image and of 1,000 tokens without one, drawn evenly from the distribution
-and not at random, so that a few hundred rows hold the mix. Half of the text is answers.
+Random weights cost what trained ones cost.
 """
 
-import math
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -28,17 +19,10 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from sf_mllm.constants import IGNORE_INDEX
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.vlm.configuration_sf_llava import SFLlavaConfig
 from sf_mllm.vlm.modeling_sf_llava import SFLlavaForConditionalGeneration
-
-MIX_ROWS = 665_298
-_TEXT_ONLY_ROWS = 40_688
-_TEXT_MEDIANS = {"image": 160, "text": 1000}
-_TEXT_SIGMA = 0.9
-_KEPT_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -160,8 +144,10 @@ def join_stock_llava(size: Size, decoder: PreTrainedModel, device: torch.device)
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
+    tower: Any
     with device:
-        tower = CLIPVisionModel(vision_config).to(size.dtype)
+        tower = CLIPVisionModel(vision_config)
+    tower.to(size.dtype)
     # Frozen as ours is: activation checkpointing would otherwise build a graph through it.
     tower.forward = torch.no_grad()(tower.forward)
     with torch.device("meta"):
@@ -182,61 +168,3 @@ def _put_together(model: Any, tower: nn.Module, decoder: PreTrainedModel, device
     model.lm_head = decoder.get_output_embeddings()
     model.model.multi_modal_projector = LlavaMultiModalProjector(model.config).to(device)
     return model
-
-
-class MixRows(Dataset):
-    """Rows of the mix as `ConversationDataset` gives them, with random tokens and images.
-
-    Args:
-        count: of rows.
-        size: of the models.
-        visual_tokens: of an image.
-        image_size: in pixels.
-    """
-
-    def __init__(self, count: int, size: Size, *, visual_tokens: int, image_size: int) -> None:
-        num_text_only = round(count * _TEXT_ONLY_ROWS / MIX_ROWS)
-        self.text_lengths = [
-            *_spread(count - num_text_only, _TEXT_MEDIANS["image"] * size.text_scale),
-            *_spread(num_text_only, _TEXT_MEDIANS["text"] * size.text_scale),
-        ]
-        self.num_with_image = count - num_text_only
-        self.visual_tokens = visual_tokens
-        self.max_length = size.max_length
-        self.image_token_id = size.llama["vocab_size"] - 1
-        self.images = torch.randn(
-            _KEPT_IMAGES, 1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)
-        )
-
-    def __len__(self) -> int:
-        return len(self.text_lengths)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        return [
-            min(self.max_length, text + self.visual_tokens * (row < self.num_with_image))
-            for row, text in enumerate(self.text_lengths)
-        ]
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        has_image = row < self.num_with_image
-        text = torch.randint(
-            self.image_token_id, (self.text_lengths[row],), generator=torch.Generator().manual_seed(row)
-        )
-        labels = text.clone()
-        labels[: len(text) // 2] = IGNORE_INDEX
-        if has_image:
-            text = torch.cat([torch.full((self.visual_tokens,), self.image_token_id), text])
-            labels = torch.cat([torch.full((self.visual_tokens,), IGNORE_INDEX), labels])
-        return {
-            "input_ids": text[: self.max_length],
-            "labels": labels[: self.max_length],
-            "pixel_values": self.images[row % _KEPT_IMAGES] if has_image else None,
-        }
-
-
-def _spread(count: int, median: float) -> list[int]:
-    """Return lengths at evenly spaced quantiles of a log-normal distribution."""
-    normal = NormalDist(math.log(median), _TEXT_SIGMA)
-    return [max(2, round(math.exp(normal.inv_cdf((index + 0.5) / count)))) for index in range(count)]

@@ -1,0 +1,162 @@
+"""Time and memory of vision towers, from normalised pixels on the device to tokens.
+
+Protocol `encoder-speed-1`: towers are called in turns on the same images, each in the size asked for, or its own.
+Before anything is timed, the tokens of the first images must be those of the same weights in eager float32.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sf_mllm.bench.conditions import Conditions, refuse_repeated
+from sf_mllm.bench.correctness import check_output, check_reference
+from sf_mllm.bench.precision import check_support, computing_in, prepare_variant
+from sf_mllm.bench.rows import Row, round_to
+from sf_mllm.bench.sizes import ImageSize
+from sf_mllm.bench.timing import Work, forget_peak, free_memory, held_bytes, peak_gib, to_gib, wait
+from sf_mllm.bench.tower import Tower, TowerLoader
+from sf_mllm.bench.towers import find_tower
+
+PROTOCOL = "encoder-speed-1"
+STEP = "encoder"
+_REFERENCE_IMAGES = 2
+
+
+@dataclass
+class _Candidate:
+    """A tower with the tokens that it must give."""
+
+    tower: Tower
+    reference: Tensor  # [2, N, D], eager float32, on the CPU
+
+
+def measure_encoders(
+    names: Sequence[str],
+    conditions: Conditions,
+    *,
+    sizes: Sequence[ImageSize | None],
+    batches: Sequence[int],
+    precisions: Sequence[str],
+    modes: Sequence[str],
+) -> Iterator[Row]:
+    """Yield a row for each tower in each arrangement.
+
+    Args:
+        names: of towers; ratios are to the first one.
+        conditions: where and how.
+        sizes: of the images; None: each tower's own.
+        batches: images of one call.
+        precisions: of `choices.PRECISIONS`.
+        modes: of `choices.MODES`.
+
+    Raises:
+        InputError: a tower is unknown, or the device cannot do what is asked.
+    """
+    refuse_repeated(list(names), "Tower")
+    arrangements = list(itertools.product(precisions, modes, batches))
+    for precision, mode, _ in arrangements:
+        check_support(precision, mode, conditions.device)
+    loaders = {name: find_tower(name) for name in names}
+    for size in sizes:
+        candidates: dict[str, _Candidate | Exception] = {}
+        for name, loader in loaders.items():
+            try:
+                candidates[name] = _load(loader, size, conditions)
+            except Exception as error:  # libraries raise almost any type; the others go on
+                candidates[name] = error
+        for precision, mode, batch in arrangements:
+            yield from _compare(candidates, conditions, size, precision, mode, batch)
+
+
+def _load(loader: TowerLoader, size: ImageSize | None, conditions: Conditions) -> _Candidate:
+    tower = loader(size)
+    pixel_values = tower.normalise(conditions.images.pixels(_REFERENCE_IMAGES, tower.size)).to(conditions.device)
+    with computing_in("float32", conditions.device):
+        # One by one: that the batch does not matter is part of what is checked.
+        reference = torch.cat([tower.module.to(conditions.device)(image[None]).float().cpu() for image in pixel_values])
+    tower.module.cpu()
+    check_reference(reference)
+    return _Candidate(tower, reference)
+
+
+def _compare(
+    candidates: dict[str, _Candidate | Exception],
+    conditions: Conditions,
+    size: ImageSize | None,
+    precision: str,
+    mode: str,
+    batch: int,
+) -> list[Row]:
+    """Measure all towers in one arrangement."""
+    if mode != "eager":
+        torch._dynamo.reset()  # a limit on how often one function is compiled counts earlier arrangements, too
+    rows: dict[str, Row] = {}
+    works: dict[str, Work] = {}
+    for name, candidate in candidates.items():
+        rows[name] = row = Row(
+            PROTOCOL,
+            STEP,
+            name,
+            batch=batch,
+            precision=precision,
+            mode=mode,
+            threads=torch.get_num_threads(),
+            images=conditions.images.name,
+        )
+        if size is not None:
+            row.width, row.height = size
+        try:
+            if isinstance(candidate, Exception):
+                raise candidate
+            works[name] = _prepare(row, candidate, conditions)
+        except Exception as error:
+            conditions.note_failure(row, error)
+    try:
+        times = conditions.time_in_turns(works)
+    except Exception as error:
+        for name in works:
+            conditions.note_failure(rows[name], error)
+        times = {}
+    first = next(iter(candidates))
+    for name, spread in times.items():
+        rows[name].add_times(spread, times.get(first) if name != first else None, first)
+        rows[name].images_per_s = round_to(1e3 * batch / spread.median)
+    works.clear()
+    free_memory(conditions.device)
+    return list(rows.values())
+
+
+def _prepare(row: Row, candidate: _Candidate, conditions: Conditions) -> Work:
+    """Fill in what is known of a tower, check what it computes, and return the call that is to be timed."""
+    tower, device, precision = candidate.tower, conditions.device, row.precision
+    row.weights = tower.weights
+    row.visual_tokens = candidate.reference.shape[1]
+    row.width, row.height = tower.size
+    row.parameters_m = round_to(sum(p.numel() for p in tower.module.parameters()) / 1e6)
+    forget_peak(device)
+    held = held_bytes(device)
+    assert isinstance(row.batch, int)
+    module = prepare_variant(tower.module, precision, row.mode, device)
+    row.weights_gib = to_gib(_count_bytes(module))
+    dtype = next(module.parameters()).dtype
+    pixel_values = tower.normalise(conditions.images.pixels(row.batch, tower.size)).to(device, dtype)
+
+    def work() -> Tensor:
+        with computing_in(precision, device):
+            return module(pixel_values)
+
+    row.relative_error = round_to(check_output(work(), candidate.reference, precision), 2)
+    if row.mode != "cuda-graphs":  # whose memory is taken once, when it is recorded
+        forget_peak(device)
+    for _ in range(conditions.warmup):
+        work()
+    wait(device)
+    row.peak_memory_gib = peak_gib(device, besides=held)
+    return work
+
+
+def _count_bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))

@@ -1,0 +1,67 @@
+"""Precisions and modes in which a tower runs."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sf_mllm.bench.choices import COMPILE_MODES
+from sf_mllm.errors import InputError
+
+_WEIGHTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_AUTOCAST = {"bfloat16-autocast": torch.bfloat16, "float16-autocast": torch.float16}
+TOLERANCES = {
+    "float32": 1e-3,
+    "tf32": 0.02,
+    "bfloat16": 0.1,
+    "float16": 0.02,
+    "bfloat16-autocast": 0.1,
+    "float16-autocast": 0.02,
+}
+"""Largest relative error against eager float32 that passes: about twice the largest of eval/results/precision.csv for
+the 16-bit ones. What computes something else is off by far more."""
+
+
+def check_support(precision: str, mode: str, device: torch.device) -> None:
+    """Refuse what a device cannot do.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if device.type != "cuda":
+        if precision == "tf32":
+            raise InputError(f"Precision 'tf32' needs a CUDA device, got {device}; take float32.")
+        if mode == "cuda-graphs":
+            raise InputError(f"Mode 'cuda-graphs' needs a CUDA device, got {device}; take eager or compiled.")
+
+
+def prepare_variant(module: nn.Module, precision: str, mode: str, device: torch.device) -> nn.Module:
+    """Return a copy of a float32 module on the device, cast and compiled as asked; calls need `computing_in`."""
+    variant = copy.deepcopy(module).to(device, _WEIGHTS.get(precision, torch.float32))
+    if mode == "eager":
+        return variant
+    return torch.compile(variant, dynamic=False, mode=COMPILE_MODES[mode])  # type: ignore[return-value]
+
+
+def cast_input(pixel_values: Tensor, precision: str) -> Tensor:
+    """Cast pixels as the module's weights are."""
+    return pixel_values.to(_WEIGHTS.get(precision, torch.float32))
+
+
+@contextmanager
+def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Switch TF32 and autocast as a precision says, and gradients off."""
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    autocast = torch.autocast(device.type, _AUTOCAST.get(precision, torch.bfloat16), enabled=precision in _AUTOCAST)
+    try:
+        for switch in switches:
+            switch.allow_tf32 = precision == "tf32"
+        with torch.inference_mode(), autocast:
+            yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value

@@ -1,0 +1,40 @@
+"""Vision towers by name: ours, their teachers, and those of open_clip, timm and transformers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sf_mllm.assets import DEMO_PREFIX
+from sf_mllm.bench.choices import TOWER_FORMS
+from sf_mllm.bench.library_towers import find_hf_tower, find_open_clip_tower, find_timm_tower
+from sf_mllm.bench.our_towers import find_encoder_directory, find_published_encoder
+from sf_mllm.bench.tower import TowerLoader
+from sf_mllm.errors import InputError, nearest
+
+_SCHEMES: dict[str, Callable[[str], TowerLoader]] = {
+    "sparseformer": find_published_encoder,
+    "open_clip": find_open_clip_tower,
+    "timm": find_timm_tower,
+    "hf": find_hf_tower,
+}
+
+
+def find_tower(name: str) -> TowerLoader:
+    """Look a tower up, without building it.
+
+    Args:
+        name: in one of the forms of `choices.TOWER_FORMS`.
+
+    Raises:
+        InputError: there is no such tower.
+    """
+    if name in ("demo", f"{DEMO_PREFIX}sf_llava"):
+        return find_encoder_directory(f"{DEMO_PREFIX}sf_llava")
+    if name == f"{DEMO_PREFIX}clip":
+        return find_open_clip_tower(name)
+    scheme, colon, rest = name.partition(":")
+    if colon and scheme in _SCHEMES:
+        return _SCHEMES[scheme](rest)
+    if Path(name).expanduser().is_dir():
+        return find_encoder_directory(str(Path(name).expanduser()))
+    known = ("demo", f"{DEMO_PREFIX}clip", "sparseformer:base", "sparseformer:large", *(f"{key}:" for key in _SCHEMES))
+    raise InputError(f"Tower '{name}' is unknown.{nearest(name, known)} Towers are {TOWER_FORMS}.")
