@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the demo model that ships with the project: teacher, decoder, encoder, chat model. One GPU; eval/results/demo_training.csv
-# says how long each part took.
+# Makes a demo model as it ships with the project: teacher, decoder, encoder, chat model. One GPU; eval/results/demo_training.csv
+# says how long each part took. The one that ships was made by an earlier version, see its card.
 #
 #   bash scripts/demo/make_demo_model.sh OUT
 #
