@@ -18,7 +18,7 @@ from sf_mllm.bench.chat_models import ChatModel, find_chat_model, load_chat_mode
 from sf_mllm.bench.conditions import Conditions, refuse_repeated
 from sf_mllm.bench.correctness import check_output
 from sf_mllm.bench.precision import computing_in
-from sf_mllm.bench.rows import COMPLETE, NO_PROCESSOR, Row, round_to
+from sf_mllm.bench.rows import COMPLETE, LOST_IN_NOISE, NO_PROCESSOR, Row, round_to
 from sf_mllm.bench.timing import Spread, Work, forget_peak, held_bytes, peak_gib, to_gib, wait
 from sf_mllm.errors import InputError
 from sf_mllm.vlm.build import cast_weights
@@ -127,6 +127,9 @@ def _compare(candidates: list[_Candidate], conditions: Conditions, batch: int, n
             first = times[FIRST][name] = measured[f"{FIRST} {name}"]
             times[NEXT][name] = measured[f"{_ANSWER} {name}"].minus(first).per(new_tokens - 1)
     reference = candidates[0].row.model
+    is_noise = {name for name, difference in times[NEXT].items() if difference.median <= 0}
+    for name in is_noise:
+        del times[NEXT][name]
     for step in STEPS:
         for name, found in rows.items():
             row = replace(found, step=step)
@@ -140,6 +143,8 @@ def _compare(candidates: list[_Candidate], conditions: Conditions, batch: int, n
                     row.images_per_s = rate
             elif step == PREPROCESS and found.outcome == COMPLETE:
                 row.outcome = NO_PROCESSOR
+            elif step == NEXT and name in is_noise:
+                row.outcome = LOST_IN_NOISE
             yield row
 
 

@@ -20,6 +20,7 @@ from sf_mllm.training.environment import describe_revision
 FILE = "throughput.csv"
 """Name of the file that `python -m sf_mllm.bench --rows FOLDER` appends to."""
 COMPLETE, OUT_OF_MEMORY, NO_PROCESSOR = "complete", "out of memory", "no image processor"
+LOST_IN_NOISE = "lost in noise, more rounds or tokens are needed"  # a difference of times that is not above zero
 """Outcomes of what could be measured, of what does not fit, and of what has no such part; others are failures."""
 
 Value = float | int | str
