@@ -103,7 +103,8 @@ def describe_provenance(device: str) -> dict[str, str]:
     Args:
         device: torch device that did the work, for example "cuda" or "cpu".
     """
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU {_processor_name()}"
+    is_cuda = device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if is_cuda else f"{device.upper()} {_processor_name()}"
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["-m", module.name.removesuffix(".__main__")] if module else [Path(sys.argv[0]).name]
     return {
