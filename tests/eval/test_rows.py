@@ -22,3 +22,9 @@ def test_other_columns_are_refused(tmp_path: Path) -> None:
     append_rows("bench", [{"metric": "a", "value": 1}], "cpu", tmp_path)
     with pytest.raises(ValueError, match="columns"):
         append_rows("bench", [{"name": "a", "value": 1}], "cpu", tmp_path)
+
+
+def test_only_a_cpu_is_called_one():
+    on_cpu, on_apple = (describe_provenance(device)["device"] for device in ("cpu", "mps"))
+    assert on_cpu.startswith("CPU ") and on_apple.startswith("MPS ")
+    assert on_cpu.removeprefix("CPU ") == on_apple.removeprefix("MPS ")
