@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sf_mllm.bench.choices import COMPILE_MODES
 from sf_mllm.errors import InputError
@@ -44,11 +44,6 @@ def prepare_variant(module: nn.Module, precision: str, mode: str, device: torch.
     if mode == "eager":
         return variant
     return torch.compile(variant, dynamic=False, mode=COMPILE_MODES[mode])  # type: ignore[return-value]
-
-
-def cast_input(pixel_values: Tensor, precision: str) -> Tensor:
-    """Cast pixels as the module's weights are."""
-    return pixel_values.to(_WEIGHTS.get(precision, torch.float32))
 
 
 @contextmanager

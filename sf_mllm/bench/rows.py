@@ -20,8 +20,9 @@ from sf_mllm.training.environment import describe_revision
 FILE = "throughput.csv"
 """Name of the file that `python -m sf_mllm.bench --rows FOLDER` appends to."""
 COMPLETE, OUT_OF_MEMORY, NO_PROCESSOR = "complete", "out of memory", "no image processor"
-LOST_IN_NOISE = "lost in noise, more rounds or tokens are needed"  # a difference of times that is not above zero
-"""Outcomes of what could be measured, of what does not fit, and of what has no such part; others are failures."""
+LOST_IN_NOISE = "lost in noise, more rounds or tokens are needed"
+"""Outcomes of what could be measured, of what does not fit, of what has no such part, and of a difference of times that
+is not above zero; others are failures."""
 
 Value = float | int | str
 """Of a cell; "" where there is nothing to say."""
@@ -57,7 +58,7 @@ class Row:
     images: str = ""
     """"drawings", or the folder of the user's images."""
     outcome: str = COMPLETE
-    """"complete", "out of memory", "no image processor", or what went wrong."""
+    """One of those above, or what went wrong."""
     relative_error: Value = ""
     """Distance from the same model in eager float32, over the length of its output."""
     time_ms: Value = ""
