@@ -129,9 +129,9 @@ def cut(image: Image.Image, crop: Crop, resolution: Resolution, color_jitter: fl
     Returns:
         [3, H, W], uint8.
     """
-    pixels = F.resized_crop(  # a tensor's: faster than Pillow's, and rounds otherwise here and there
-        F.pil_to_tensor(image), crop.top, crop.left, crop.height, crop.width, list(resolution), BICUBIC
-    )
+    box = image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
+    # Resized as a tensor: faster than by Pillow, and rounds otherwise here and there.
+    pixels = F.resize(F.pil_to_tensor(box), list(resolution), BICUBIC)
     if crop.flip:
         pixels = F.horizontal_flip(pixels)
     if crop.jitter is not None and color_jitter:

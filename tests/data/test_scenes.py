@@ -189,6 +189,12 @@ def test_export_writes_images_and_llava_json(tmp_path):
         assert len({turn["value"] for turn in turns[::2]}) == len(row["types"]) == 4
 
 
+def test_bitmaps_hold_the_same_pixels_as_png_files(tmp_path):
+    folders = {kind: export_scenes(tmp_path / kind, 2, image_size=64, image_format=kind) for kind in ("bmp", "png")}
+    bitmap, png = (Image.open(folders[kind] / "images" / f"000001.{kind}") for kind in folders)
+    assert bitmap.format == "BMP" and bitmap.tobytes() == png.tobytes()
+
+
 def test_export_is_done_once_and_never_overwrites(tmp_path):
     out = export_scenes(tmp_path / "scenes", 4, image_size=64)
     before = (out / "instructions.json").stat()

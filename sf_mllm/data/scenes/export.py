@@ -24,7 +24,7 @@ FORMAT_VERSION = 2
 """Raised when the same request would give other scenes or texts, so that old exports are not taken for new ones."""
 
 _CHUNK = 32  # scenes drawn at once
-IMAGE_SUFFIXES = {"jpeg": ".jpg", "png": ".png"}
+IMAGE_SUFFIXES = {"bmp": ".bmp", "jpeg": ".jpg", "png": ".png"}
 
 
 def export_scenes(
@@ -55,7 +55,8 @@ def export_scenes(
         max_objects: most objects in a scene, at most 8.
         domain: of the scenes, one of DOMAINS.
         turns: questions an image, at least 1; a scene with few objects may have fewer.
-        image_format: "jpeg" (quality 95, no chroma subsampling) or "png".
+        image_format: "jpeg" (quality 95, no chroma subsampling), "png", or "bmp", which takes the most space and the
+            least time to decode.
         workers: processes; 1 draws in this process.
 
     Returns:
