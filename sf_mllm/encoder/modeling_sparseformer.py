@@ -172,6 +172,24 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
             return normed[:, first_latent:].mean(dim=1)
         return self.norm(tokens[:, first_latent:].mean(dim=1))
 
+    def set_sampling_implementation(self, name: str) -> None:
+        """Choose what reads the feature map at sampling points; results differ in rounding only.
+
+        Args:
+            name: "grid_sample", PyTorch's own operation, where a model starts; or "triton", a kernel for CUDA devices
+                that is faster both ways. It does not go into saved files.
+
+        Raises:
+            InputError: there is no such implementation, or it cannot be had here.
+        """
+        # Imported where it is used: a model that stands without this package has the reference only.
+        from sf_mllm.ops.sampling_choice import load_sampling
+
+        load_sampling(name)
+        for module in self.modules():
+            if isinstance(module, RoiSampler):
+                module.sampling_implementation = name
+
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """Return None: there is no embedding of inputs, and activation checkpointing must not hook the stem."""
         return None

@@ -1,10 +1,16 @@
-"""Bilinear reads of a feature map at continuous points: the reference definition."""
+"""Bilinear reads of a feature map at continuous points."""
+
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
 
+DEFAULT_SAMPLING = "grid_sample"
 
-def sample_points(feature_map: Tensor, points_rel: Tensor, *, padding_mode: str) -> Tensor:
+
+def sample_points(
+    feature_map: Tensor, points_rel: Tensor, *, padding_mode: str, implementation: str = DEFAULT_SAMPLING
+) -> Tensor:
     """Read bilinear features at continuous points.
 
     Gradients reach the RoIs through `points_rel`.
@@ -14,21 +20,36 @@ def sample_points(feature_map: Tensor, points_rel: Tensor, *, padding_mode: str)
         points_rel: [B, N, P, 2], fp32, (x, y) relative to the image: 0 left/top edge, 1 right/bottom edge; may lie
             outside.
         padding_mode: "zeros" or "border", as in `grid_sample`; decides values outside the image.
+        implementation: a name of `SAMPLING_IMPLEMENTATIONS`.
 
     Returns:
         [B, N, P, C] in the dtype of `feature_map`; interpolated in fp32, since a bf16 coordinate can be a tenth of a
         feature pixel off.
 
     Raises:
-        ValueError: batch sizes differ or the last axis is not 2.
+        ValueError: batch sizes differ, the last axis is not 2, or the implementation is not loaded.
     """
     if points_rel.shape[-1] != 2 or points_rel.shape[0] != feature_map.shape[0]:
         raise ValueError(
             f"Points must be [B, N, P, 2] with the batch size of the feature map, "
             f"got points {tuple(points_rel.shape)} and features {tuple(feature_map.shape)}."
         )
-    points_grid = 2 * points_rel.float() - 1
+    if implementation not in SAMPLING_IMPLEMENTATIONS:
+        known = ", ".join(f"'{name}'" for name in SAMPLING_IMPLEMENTATIONS)
+        raise ValueError(f"Sampling implementation '{implementation}' is not loaded; there is: {known}.")
+    return SAMPLING_IMPLEMENTATIONS[implementation](feature_map, points_rel.float(), padding_mode)
+
+
+def _sample_by_grid_sample(feature_map: Tensor, points: Tensor, padding_mode: str) -> Tensor:
+    """The reference, by PyTorch's own operation."""
     sampled = F.grid_sample(
-        feature_map.float(), points_grid, mode="bilinear", padding_mode=padding_mode, align_corners=False
+        feature_map.float(), 2 * points - 1, mode="bilinear", padding_mode=padding_mode, align_corners=False
     )  # [B, C, N, P]
     return sampled.permute(0, 2, 3, 1).to(feature_map.dtype)
+
+
+SAMPLING_IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {
+    DEFAULT_SAMPLING: _sample_by_grid_sample
+}
+"""Functions of the feature map [B, C, H, W], the points [B, N, P, 2], fp32, and the padding mode; by name. Modules that
+`sf_mllm.ops.sampling_choice` knows add theirs."""

@@ -45,6 +45,11 @@ def test_gradients_reach_points_and_features() -> None:
     assert features.grad.abs().sum() > 0 and points.grad.abs().min() > 0
 
 
+def test_an_implementation_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="'cuda' is not loaded; there is: 'grid_sample'"):
+        sample_points(ramp(4, 4), torch.rand(1, 2, 3, 2), padding_mode="border", implementation="cuda")
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 3, 3), (2, 2, 3, 2)])
 def test_shapes_are_checked(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="batch size"):

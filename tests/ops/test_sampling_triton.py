@@ -1,0 +1,86 @@
+"""The Triton kernels agree with PyTorch's own operation: interpreted on a CPU, compiled on a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
+from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
+from sf_mllm.errors import InputError
+from sf_mllm.ops.sampling import sample_points
+from sf_mllm.ops.sampling_choice import load_sampling
+from tests.ops.sampling_cases import compare
+
+pytest.importorskip("triton")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+SMALL = {
+    "num_latents": 9,
+    "focusing_num_attention_heads": 2,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+}
+
+
+def make_model() -> SparseFormerModel:
+    torch.manual_seed(0)
+    return SparseFormerModel(SparseFormerConfig(focusing_size=64, projection_size=16, **SMALL))
+
+
+def test_interpreted_kernels_agree_with_grid_sample() -> None:
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    script = [sys.executable, str(root / "tests" / "ops" / "sampling_cases.py"), "cpu"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "72 cases agree" in done.stdout
+
+
+def test_a_cpu_is_refused_in_plain_words() -> None:
+    model = make_model()
+    model.set_sampling_implementation("triton")
+    with pytest.raises(ValueError, match="'triton' needs a CUDA device, but the model is on 'cpu'; use 'grid_sample'"):
+        model(torch.zeros(1, 3, 64, 64))
+    model.set_sampling_implementation("grid_sample")
+    model(torch.zeros(1, 3, 64, 64))
+
+
+def test_a_wrong_name_is_refused() -> None:
+    with pytest.raises(InputError, match=r"'tritn' is unknown\. Did you mean 'triton'"):
+        make_model().set_sampling_implementation("tritn")
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_kernels_agree_with_grid_sample_on_a_gpu() -> None:
+    load_sampling("triton")
+    assert compare("triton", "cuda") == 72
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_compiled_with_kernels_equals_eager_without() -> None:
+    load_sampling("triton")
+    assert compare("triton", "cuda", torch.compile(sample_points)) == 72
+    model, images = make_model().cuda(), torch.randn(4, 3, 64, 64, device="cuda")
+    expected = model(images).pooler_output
+    expected.square().mean().backward()
+    gradients = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    model.zero_grad()
+    model.set_sampling_implementation("triton")
+    compiled = torch.compile(model, fullgraph=True)
+    output = compiled(images).pooler_output
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+    output.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(
+                parameter.grad, gradients[name], atol=1e-4, rtol=1e-3, msg=lambda m, n=name: n + m
+            )
