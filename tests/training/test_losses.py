@@ -14,6 +14,7 @@ from sf_mllm.training.bootstrap.losses import (
     reconstruction_loss,
     relation_loss,
     roi_hinge_loss,
+    size_hinge_loss,
     state_loss,
     token_loss,
 )
@@ -208,3 +209,18 @@ def test_roi_hinge_pulls_edges_back():
     rois = torch.tensor([[-0.2, 0.5, 1.4, 0.9]], requires_grad=True)
     roi_hinge_loss(rois).sum().backward()
     torch.testing.assert_close(rois.grad, torch.tensor([[-0.25, 0.0, 0.25, 0.0]]))
+
+
+def test_size_hinge_by_hand():
+    """Four regions tile the image at sides of a half; of flipped ones the size counts."""
+    rois = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.2, 0.2, 0.6, 0.9], [0.9, 0.5, 0.5, 0.2], [-1.0, -1.0, 2.0, 2.0]]])
+    torch.testing.assert_close(size_hinge_loss(rois), torch.tensor([(0.1 + 0.1 + 0.2) / 8]))
+
+
+def test_size_hinge_widens_and_moves_nothing():
+    rois = torch.tensor([[[0.4, 0.4, 0.5, 0.5], [0.1, 0.1, 0.9, 0.9]]], requires_grad=True)
+    size_hinge_loss(rois).sum().backward()
+    top_left, bottom_right = rois.grad[0, 0].chunk(2)
+    assert (top_left > 0).all() and (bottom_right < 0).all()  # against the gradient: outwards
+    torch.testing.assert_close(top_left, -bottom_right)
+    assert not rois.grad[0, 1].any()

@@ -129,8 +129,10 @@ class LossConfig:
     image sizes."""
     roi_hinge: float = 0.5
     """Distance of region edges outside the image, in image sizes."""
+    size_hinge: float = 0.0
+    """What regions lack in width and height to tile the image, were they all of one size."""
     point_hinge: float = 10.0
-    """The same of sampling points, from 2 % inside the image on."""
+    """Distance of sampling points outside the image, from 2 % inside it on."""
 
 
 @dataclass

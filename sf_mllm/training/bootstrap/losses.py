@@ -244,3 +244,20 @@ def roi_hinge_loss(rois: Tensor) -> Tensor:
         [B], means over all edges.
     """
     return (F.relu(-rois.float()) + F.relu(rois.float() - 1)).flatten(1).mean(dim=1)
+
+
+def size_hinge_loss(rois: Tensor) -> Tensor:
+    """How much narrower RoIs are than N of one size that tile the image, in image sizes: linear below, zero above.
+
+    A copy of the features gets sharper with smaller regions, down to a few pixels of a part of an object; what is asked
+    for here keeps the object's surroundings, and with them its middle, in view.
+
+    Args:
+        rois: [B, N, 4], image-relative xyxy.
+
+    Returns:
+        [B], means over regions and axes.
+    """
+    corners = rois.float().unflatten(-1, (2, 2))
+    size = (corners[..., 1, :] - corners[..., 0, :]).abs()
+    return F.relu(1 / math.sqrt(rois.shape[1]) - size).flatten(1).mean(dim=1)

@@ -21,6 +21,7 @@ from sf_mllm.training.bootstrap.losses import (
     reconstruction_loss,
     relation_loss,
     roi_hinge_loss,
+    size_hinge_loss,
     state_loss,
     token_loss,
 )
@@ -80,6 +81,7 @@ class BootstrapTask:
             "coverage": lambda: coverage_loss(target.feature_map, final_rois),
             "attraction": lambda: attraction_loss(target.feature_map, final_rois),
             "roi_hinge": lambda: roi_hinge_loss(rois),
+            "size_hinge": lambda: size_hinge_loss(final_rois),
             "point_hinge": lambda: point_hinge_loss(points),
         }
         if self.teacher.output_kind == "logits":
