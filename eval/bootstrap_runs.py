@@ -112,7 +112,7 @@ def make_rows(paths: Sequence[Path], study: str, note: str = "") -> list[dict[st
     """Return a row for each run; `settings` are those in which the runs differ."""
     from sf_mllm.training.report.data import read_runs
 
-    runs = read_runs(paths)
+    runs = read_runs(paths, need_metrics=False)
     names = sorted({name for run in runs for name in run.settings if not name.startswith(_NOT_SETTINGS)})
     differing = [name for name in names if len({str(run.settings.get(name)) for run in runs}) > 1]
     rows = []
@@ -125,7 +125,7 @@ def make_rows(paths: Sequence[Path], study: str, note: str = "") -> list[dict[st
             {
                 "study": study,
                 "run": path.name,
-                "outcome": record["outcome"],
+                "outcome": record["outcome"].partition("\n")[0],
                 "settings": " ".join(settings),
                 "tokens_per_image": record.get("tokens_per_image", ""),
                 "steps": record.get("steps", ""),

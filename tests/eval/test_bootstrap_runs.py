@@ -41,7 +41,7 @@ def write_run(folder, coverage, scores, **record):
 def test_rows_say_what_differs_and_what_came_out(tmp_path):
     runs = [
         write_run(tmp_path / "a", 0.0, {"color": (0.8, 1.0), "count": (0.45, 0.9)}),
-        write_run(tmp_path / "b", 2.0, {"color": (0.9, 1.0), "count": (0.9, 0.9)}, outcome="failed: no memory"),
+        write_run(tmp_path / "b", 2.0, {"color": (0.9, 1.0), "count": (0.9, 0.9)}, outcome="failed: no memory\nDetails."),
     ]
     arguments = ["collect", *map(str, runs), "--study", "s", "--note", "n", "--rows", str(tmp_path / "rows")]
     assert main(arguments) == 0
@@ -53,6 +53,15 @@ def test_rows_say_what_differs_and_what_came_out(tmp_path):
     assert (first["embedding_cosine"], first["mean_retention"], first["images_per_s"]) == ("0.9124", "", "1000.0")
     assert (first["date"], first["revision"], first["note"], first["run"]) == ("2026-01-02", "0123456", "n", "a")
     assert second["outcome"] == "failed: no memory"
+
+
+def test_a_run_that_failed_before_it_logged_anything_is_a_row(tmp_path):
+    run = write_run(tmp_path / "a", 0.0, {}, outcome="failed: the loss is nan")
+    (run / "metrics.jsonl").unlink()
+    assert main(["collect", str(run), "--study", "s", "--rows", str(tmp_path / "rows")]) == 0
+    with (tmp_path / "rows/bootstrap_runs.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["outcome"], row["embedding_cosine"], row["steps"]) == ("failed: the loss is nan", "", "4")
 
 
 def test_a_failing_arm_is_named_and_counted(tmp_path, capsys):

@@ -74,11 +74,15 @@ class RunData:
         ]
 
 
-def read_runs(paths: Sequence[Path]) -> list[RunData]:
+def read_runs(paths: Sequence[Path], *, need_metrics: bool = True) -> list[RunData]:
     """Read run folders; they are named by the shortest ends of their paths that tell them apart.
 
+    Args:
+        paths: of the folders.
+        need_metrics: refuse runs that have logged nothing, as one that fails at once.
+
     Raises:
-        InputError: a folder is given twice, is no run, or has logged nothing yet.
+        InputError: a folder is given twice, is no run, or has logged nothing though that is needed.
     """
     resolved = [path.resolve() for path in paths]
     for path, own in zip(paths, resolved, strict=True):
@@ -87,7 +91,9 @@ def read_runs(paths: Sequence[Path]) -> list[RunData]:
     depth = 1
     while len({path.parts[-depth:] for path in resolved}) < len(resolved):
         depth += 1
-    return [_read_run(path, "/".join(own.parts[-depth:])) for path, own in zip(paths, resolved, strict=True)]
+    return [
+        _read_run(path, "/".join(own.parts[-depth:]), need_metrics) for path, own in zip(paths, resolved, strict=True)
+    ]
 
 
 def differing_settings(runs: Sequence[RunData]) -> list[str]:
@@ -102,16 +108,15 @@ def differing_settings(runs: Sequence[RunData]) -> list[str]:
     ]
 
 
-def _read_run(path: Path, name: str) -> RunData:
-    files = [path / file for file in ("config.yaml", "run.json", "metrics.jsonl")]
-    missing = [file.name for file in files if not file.is_file()]
+def _read_run(path: Path, name: str, need_metrics: bool) -> RunData:
+    config, record, metrics = files = [path / file for file in ("config.yaml", "run.json", "metrics.jsonl")]
+    missing = [file.name for file in files if not file.is_file() and (need_metrics or file != metrics)]
     if missing:
         raise InputError(
             f"'{path}' is no run folder with results, it lacks {', '.join(missing)}; give a run's output_dir."
         )
-    config, record, metrics = files
-    rows = _read_rows(metrics)
-    if not rows:
+    rows = _read_rows(metrics) if metrics.is_file() else []
+    if need_metrics and not rows:
         raise InputError(f"Run '{path}' has not logged anything yet; wait for its first line.")
     return RunData(
         name=name,
