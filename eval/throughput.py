@@ -26,7 +26,8 @@ TABLES: dict[str, tuple[str, ...]] = {
         *("--precision", "bfloat16", "bfloat16-autocast"),
     ),
     "gpu-compiled": (
-        *("encoder", *_LARGE[::2], _LLAVA[1], *_BASE[::2], *_GPU, "--batch", "1", "256"),
+        *("encoder", *_LARGE[::2], f"{_LARGE[0]}@triton", _LLAVA[1], *_BASE[::2], f"{_BASE[0]}@triton", *_GPU),
+        *("--batch", "1", "256"),
         *("--precision", "bfloat16", "--mode", "compiled", "cuda-graphs"),
     ),
     "gpu-size": (

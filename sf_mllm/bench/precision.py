@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sf_mllm.bench.choices import COMPILE_MODES
+from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.errors import InputError
 
 _WEIGHTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,9 +39,22 @@ def check_support(precision: str, mode: str, device: torch.device) -> None:
             raise InputError(f"Mode 'cuda-graphs' needs a CUDA device, got {device}; take eager or compiled.")
 
 
-def prepare_variant(module: nn.Module, precision: str, mode: str, device: torch.device) -> nn.Module:
-    """Return a copy of a float32 module on the device, cast and compiled as asked; calls need `computing_in`."""
+def prepare_variant(
+    module: nn.Module, precision: str, mode: str, device: torch.device, sampling: str | None = None
+) -> nn.Module:
+    """Return a copy of a float32 module on the device, cast and compiled as asked; calls need `computing_in`.
+
+    Args:
+        module: of a tower.
+        precision: of `choices.PRECISIONS`.
+        mode: of `choices.MODES`.
+        device: to compute on.
+        sampling: see `Tower.sampling`.
+    """
     variant = copy.deepcopy(module).to(device, _WEIGHTS.get(precision, torch.float32))
+    if sampling is not None:
+        assert isinstance(variant.encoder, SparseFormerModel), "other towers sample nothing"
+        variant.encoder.set_sampling_implementation(sampling)
     if mode == "eager":
         return variant
     return torch.compile(variant, dynamic=False, mode=COMPILE_MODES[mode])  # type: ignore[return-value]

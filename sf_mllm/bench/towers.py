@@ -1,6 +1,7 @@
 """Vision towers by name: ours, their teachers, and those of open_clip, timm and transformers."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from sf_mllm.assets import DEMO_PREFIX
@@ -9,7 +10,9 @@ from sf_mllm.bench.library_towers import find_hf_tower, find_open_clip_tower, fi
 from sf_mllm.bench.our_towers import find_encoder_directory, find_published_encoder
 from sf_mllm.bench.tower import TowerLoader
 from sf_mllm.errors import InputError, nearest
+from sf_mllm.ops.sampling_choice import SAMPLING_NAMES, load_sampling
 
+_OURS = ("demo", f"{DEMO_PREFIX}sf_llava")
 _SCHEMES: dict[str, Callable[[str], TowerLoader]] = {
     "sparseformer": find_published_encoder,
     "open_clip": find_open_clip_tower,
@@ -27,7 +30,16 @@ def find_tower(name: str) -> TowerLoader:
     Raises:
         InputError: there is no such tower.
     """
-    if name in ("demo", f"{DEMO_PREFIX}sf_llava"):
+    tower, at, sampling = name.rpartition("@")
+    if at and sampling in SAMPLING_NAMES:
+        if tower not in _OURS and not tower.startswith("sparseformer:") and not Path(tower).expanduser().is_dir():
+            raise InputError(
+                f"Tower '{name}' is no encoder of ours, whose sampling '@{sampling}' would set; leave it out."
+            )
+        load_sampling(sampling)
+        loader = find_tower(tower)
+        return lambda size: replace(loader(size), sampling=sampling)
+    if name in _OURS:
         return find_encoder_directory(f"{DEMO_PREFIX}sf_llava")
     if name == f"{DEMO_PREFIX}clip":
         return find_open_clip_tower(name)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sf_mllm.errors import InputError
 from sf_mllm.ops.sampling import SAMPLING_IMPLEMENTATIONS
 
 _BLOCK_POINTS = 16
@@ -203,7 +204,7 @@ def _strides(feature_map: Tensor) -> tuple[int, int, int, int]:
 
 def _sample_by_triton(feature_map: Tensor, points: Tensor, padding_mode: str) -> Tensor:
     if not feature_map.is_cuda and isinstance(_forward_kernel, triton.JITFunction):  # else Triton interprets it
-        raise ValueError(
+        raise InputError(
             f"Sampling implementation 'triton' needs a CUDA device, but the model is on '{feature_map.device}'; use "
             "'grid_sample' there."
         )

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from sf_mllm.bench import library_towers
+from sf_mllm.bench.precision import prepare_variant
 from sf_mllm.bench.sizes import ImageSize
 from sf_mllm.bench.towers import find_tower
 from sf_mllm.constants import CLIP_MEAN
@@ -76,6 +77,17 @@ def test_the_shipped_encoder_and_its_teacher():
     assert ours.size == (224, 224) and tokens(ours).shape == (2, 49, 192)
     assert tokens(teacher).shape == (2, 6 * 4, 192)
     assert ours.mean == teacher.mean == CLIP_MEAN
+
+
+def test_sampling_of_an_encoder_of_ours_is_set_for_what_is_timed_only():
+    tower = find_tower("demo@triton")(None)
+    assert tower.sampling == "triton" and tower.weights == "demo:sf_llava"
+    assert tokens(tower).shape == (2, 49, 192)  # on a CPU, which the kernel would refuse
+    variant = prepare_variant(tower.module, "float32", "eager", torch.device("cpu"), tower.sampling)
+    with pytest.raises(InputError, match="'triton' needs a CUDA device"), torch.inference_mode():
+        variant(torch.randn(1, 3, 64, 64))
+    with pytest.raises(InputError, match="no encoder of ours"):
+        find_tower("open_clip:ViT-B-16@triton")
 
 
 def test_published_sizes_are_random_with_regions_that_move():

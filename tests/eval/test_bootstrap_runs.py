@@ -41,7 +41,9 @@ def write_run(folder, coverage, scores, **record):
 def test_rows_say_what_differs_and_what_came_out(tmp_path):
     runs = [
         write_run(tmp_path / "a", 0.0, {"color": (0.8, 1.0), "count": (0.45, 0.9)}),
-        write_run(tmp_path / "b", 2.0, {"color": (0.9, 1.0), "count": (0.9, 0.9)}, outcome="failed: no memory\nDetails."),
+        write_run(
+            tmp_path / "b", 2.0, {"color": (0.9, 1.0), "count": (0.9, 0.9)}, outcome="failed: no memory\nDetails."
+        ),
     ]
     arguments = ["collect", *map(str, runs), "--study", "s", "--note", "n", "--rows", str(tmp_path / "rows")]
     assert main(arguments) == 0

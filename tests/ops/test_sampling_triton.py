@@ -44,7 +44,7 @@ def test_interpreted_kernels_agree_with_grid_sample() -> None:
 def test_a_cpu_is_refused_in_plain_words() -> None:
     model = make_model()
     model.set_sampling_implementation("triton")
-    with pytest.raises(ValueError, match="'triton' needs a CUDA device, but the model is on 'cpu'; use 'grid_sample'"):
+    with pytest.raises(InputError, match="'triton' needs a CUDA device, but the model is on 'cpu'; use 'grid_sample'"):
         model(torch.zeros(1, 3, 64, 64))
     model.set_sampling_implementation("grid_sample")
     model(torch.zeros(1, 3, 64, 64))
