@@ -103,6 +103,12 @@ def evaluate_directory(
 
         encoder_directory = resolve_demo(str(encoder_directory))
         encoder = SparseFormerModel.from_pretrained(encoder_directory).to(device).eval()
+        width, own_width = encoder.config.projection_size, clip.visual.output_dim
+        if width != own_width:
+            raise InputError(
+                f"The embeddings of encoder '{encoder_directory}' have {width} numbers, those of '{clip_directory}' have "
+                f"{own_width}; give the CLIP that the encoder was made from."
+            )
         processor = SparseFormerImageProcessor.from_pretrained(encoder_directory)
         mean, std = processor.image_mean, processor.image_std
 

@@ -135,6 +135,12 @@ def test_sparseformer_takes_the_place_of_the_image_tower(clip_directory, tmp_pat
     assert all(name in capsys.readouterr().out for name in ["retrieval"])
 
 
+def test_an_encoder_of_another_teacher_is_refused(clip_directory, capsys):
+    assert main(["--clip", str(clip_directory), "--encoder", "demo:sf_llava", "--samples", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "have 256 numbers" in error and "give the CLIP that the encoder was made from" in error
+
+
 def test_bad_input_is_one_sentence(tmp_path, capsys):
     assert main(["--clip", str(tmp_path)]) == 2
     assert "holds no open_clip_config.json" in capsys.readouterr().err
