@@ -62,7 +62,7 @@ if sys.argv[1] == "gloo":
 end_process(3)
 """
 
-ADDITIONS = ["loss.relations=1", "loss.attraction=1", "loss.states=1", "loss.reconstruction=1", "ema_decay=0.9"]
+ADDITIONS = ["loss.relations=1", "loss.attraction=1", "loss.states=1", "ema_decay=0.9"]
 """What is off by default and has state of its own, or reads more of student and teacher."""
 
 

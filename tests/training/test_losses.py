@@ -11,7 +11,6 @@ from sf_mllm.training.bootstrap.losses import (
     coverage_loss,
     embedding_loss,
     point_hinge_loss,
-    reconstruction_loss,
     relation_loss,
     roi_hinge_loss,
     size_hinge_loss,
@@ -84,14 +83,6 @@ def test_state_loss_by_hand():
     torch.testing.assert_close(state_loss(state[:, 1:], feature_map, None, rois), torch.tensor([0.5]))
     with_class_token = state_loss(state, feature_map, right[None], rois)
     torch.testing.assert_close(with_class_token, torch.tensor([(0.5 + 2.0) / 2]))
-
-
-def test_reconstruction_loss_goes_row_by_row():
-    feature_map = torch.randn(2, 3, 2, 4, generator=torch.Generator().manual_seed(0))
-    rows = torch.stack([feature_map[..., row, column] for row in range(2) for column in range(4)], dim=1)  # [2, 8, 3]
-    torch.testing.assert_close(reconstruction_loss(3 * rows, feature_map), torch.zeros(2), atol=1e-6, rtol=0)
-    rows[:, 0] *= -1
-    torch.testing.assert_close(reconstruction_loss(rows, feature_map), torch.full((2,), 2 / 8))
 
 
 def test_average_in_rois_of_a_ramp_is_the_center_inside_the_image():

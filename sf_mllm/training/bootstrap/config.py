@@ -119,9 +119,6 @@ class LossConfig:
     """Squared difference of the cosines between two latent tokens and between the features inside their regions."""
     states: float = 0.0
     """1 - cosine between all tokens and the teacher's where they enter an inherited block, mean over these blocks."""
-    reconstruction: float = 0.0
-    """1 - cosine between the teacher's features at each place and what a decoder, which trains beside the student and
-    is not saved with it, reads of them out of the latent tokens."""
     coverage: float = 1.0
     """What averages inside the final regions do not explain of the teacher's features, mostly where they vary."""
     attraction: float = 0.0
@@ -221,9 +218,3 @@ class BootstrapConfig:
                 "A teacher store holds final features only, but loss.states asks for those of earlier blocks; set "
                 "loss.states=0 or store.path=null."
             )
-        for name in ("gradient_checkpointing", "activation_checkpointing"):
-            if self.loss.reconstruction and self.train.get(name):
-                raise InputError(
-                    f"train.{name} cannot be combined with loss.reconstruction: the decoder keeps its activations; "
-                    "set one of both to 0."
-                )

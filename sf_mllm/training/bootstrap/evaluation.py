@@ -55,7 +55,7 @@ class BootstrapEvaluation:
             entries of `describe_rois`. With zero-shot tasks the entries of `compare`; if these are about
             scenes, `roi_objects_covered`, `roi_object_share` and `roi_object_share_of_image` of `measure_on_scenes`.
         """
-        student = trainer.student.eval()
+        student = trainer.model.eval()
         metrics = self._measure_on_held_out(trainer)
         if self.task_set is not None:
             on_scenes = self._measure_on_scenes(trainer, self.task_set)
@@ -66,7 +66,7 @@ class BootstrapEvaluation:
         return metrics
 
     def _measure_on_held_out(self, trainer: BootstrapTrainer) -> dict[str, float]:
-        task, student = trainer.task, trainer.student
+        task, student = trainer.task, trainer.model
         rows: dict[str, list[Tensor]] = defaultdict(list)
         for batch in trainer.get_eval_dataloader():
             with trainer.precision():
@@ -97,7 +97,7 @@ class BootstrapEvaluation:
     def _measure_on_scenes(self, trainer: BootstrapTrainer, task_set: str) -> dict[str, float]:
         def encode(pixels: Tensor) -> SparseFormerOutput:
             with trainer.precision():
-                return trainer.student(trainer.task.normalise(pixels), output_sampling_points=True)
+                return trainer.model(trainer.task.normalise(pixels), output_sampling_points=True)
 
         # A few hundred small forward passes: every process takes all of them, which needs no gathering.
         return measure_on_scenes(
@@ -123,7 +123,7 @@ class BootstrapEvaluation:
             task.teacher.to(trainer.args.device)
             self._teacher_results = score(ask_teacher)
             task.teacher.to(home)
-        own = score(lambda pixels: trainer.student(task.normalise(pixels)).pooler_output)
+        own = score(lambda pixels: trainer.model(task.normalise(pixels)).pooler_output)
         return compare(own, self._teacher_results)
 
 

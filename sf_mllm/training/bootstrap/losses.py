@@ -107,19 +107,6 @@ def state_loss(state: Tensor, feature_map: Tensor, class_token: Tensor | None, r
     return (latents + embedding_loss(state[:, 0], class_token)) / 2
 
 
-def reconstruction_loss(reconstruction: Tensor, feature_map: Tensor) -> Tensor:
-    """One minus the cosine between a teacher's features and what a decoder reads of them out of the latent tokens.
-
-    Args:
-        reconstruction: [B, HW, D], row by row.
-        feature_map: [B, D, H, W].
-
-    Returns:
-        [B], means over places.
-    """
-    return token_loss(reconstruction, feature_map.flatten(2).transpose(1, 2))
-
-
 def average_in_rois(
     feature_map: Tensor, rois: Tensor, points_per_side: int = 4, *, weighted_by_content: bool = False
 ) -> Tensor:

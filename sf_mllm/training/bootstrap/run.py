@@ -12,7 +12,6 @@ from sf_mllm.encoder.weights_vit import InheritanceReport
 from sf_mllm.training.arguments import make_training_arguments
 from sf_mllm.training.bootstrap.config import BootstrapConfig, DataConfig
 from sf_mllm.training.bootstrap.evaluation import describe_evaluation, measure_at_end, prepare_evaluation
-from sf_mllm.training.bootstrap.feature_decoder import StudentWithDecoder
 from sf_mllm.training.bootstrap.images import loader_defaults, make_datasets, prepare_images
 from sf_mllm.training.bootstrap.student import build_student, find_state_blocks
 from sf_mllm.training.bootstrap.task import BootstrapTask
@@ -57,7 +56,7 @@ def run_bootstrap(config: BootstrapConfig) -> Path:
         )
         if trainer.is_world_process_zero():
             with trainer.final_weights():
-                save_encoder(trainer.student, trainer.task.teacher, config.data, encoder_directory)
+                save_encoder(trainer.model, trainer.task.teacher, config.data, encoder_directory)
     trainer.accelerator.end_training()
     logger.info("Saved the encoder in %s", encoder_directory)
     return encoder_directory
@@ -69,7 +68,6 @@ def build_trainer(
     """Put teacher, student and images together."""
     teacher = load_teacher(config.teacher)
     student, report = build_student(config, teacher)
-    model = StudentWithDecoder(student) if config.loss.reconstruction else student
     state_blocks = find_state_blocks(len(student.cortex), report.first_block) if config.loss.states else ()
     with arguments.main_process_first(local=False, desc="preparing the images"):  # which may be drawn and are noted
         images = prepare_images(config, run)
@@ -83,7 +81,7 @@ def build_trainer(
         inherited_names=frozenset(report.copied),
         inherited_learning_rate=config.inherited_learning_rate,
         ema_decay=config.ema_decay,
-        model=model,
+        model=student,
         args=arguments,
         train_dataset=training,
         eval_dataset=held_out,
@@ -93,7 +91,7 @@ def build_trainer(
 
 def log_plan(run: RunFolder, trainer: BootstrapTrainer, report: InheritanceReport) -> None:
     """Say and record what will happen."""
-    student, dataset = trainer.student, trainer.train_dataset
+    student, dataset = trainer.model, trainer.train_dataset
     counts = {
         "parameters": _count(student),
         "parameters_trained": _count(student, trained_only=True),

@@ -10,7 +10,6 @@ from torch import Tensor
 from sf_mllm.data.quantised_patches import dequantise
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerOutput
 from sf_mllm.training.bootstrap.config import LossConfig
-from sf_mllm.training.bootstrap.feature_decoder import DecodedOutput
 from sf_mllm.training.bootstrap.losses import (
     attraction_loss,
     average_in_rois,
@@ -18,7 +17,6 @@ from sf_mllm.training.bootstrap.losses import (
     coverage_loss,
     embedding_loss,
     point_hinge_loss,
-    reconstruction_loss,
     relation_loss,
     roi_hinge_loss,
     size_hinge_loss,
@@ -60,7 +58,7 @@ class BootstrapTask:
 
         Args:
             output: of the student on `self.normalise(batch["pixel_values"])`, with sampling points; with hidden states
-                if `self.state_blocks` names any, with a reconstruction if that has a weight.
+                if `self.state_blocks` names any.
             target: `self.targets(batch)`.
 
         Returns:
@@ -77,7 +75,6 @@ class BootstrapTask:
             "tokens": lambda: token_loss(latents, seen),
             "relations": lambda: relation_loss(latents, seen),
             "states": lambda: _compare_states(output, target, final_rois.detach()),
-            "reconstruction": lambda: _compare_reconstruction(output, target),
             "coverage": lambda: coverage_loss(target.feature_map, final_rois),
             "attraction": lambda: attraction_loss(target.feature_map, final_rois),
             "roi_hinge": lambda: roi_hinge_loss(rois),
@@ -119,11 +116,6 @@ def _compare_states(output: SparseFormerOutput, target: TeacherOutput, rois: Ten
     states = output.hidden_states[-1 - len(target.states) : -1]  # the last one left the cortex
     losses = [state_loss(*inputs, rois) for inputs in zip(states, target.states, class_tokens, strict=True)]
     return torch.stack(losses).mean(dim=0)
-
-
-def _compare_reconstruction(output: SparseFormerOutput, target: TeacherOutput) -> Tensor:
-    assert isinstance(output, DecodedOutput) and output.reconstruction is not None, "the model has no decoder"
-    return reconstruction_loss(output.reconstruction, target.feature_map)
 
 
 @lru_cache

@@ -15,24 +15,23 @@ from sf_mllm.data.teacher_store import StoredViews
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.training.bootstrap.ema import WeightAverage
 from sf_mllm.training.bootstrap.evaluation import BootstrapEvaluation
-from sf_mllm.training.bootstrap.feature_decoder import StudentWithDecoder
 from sf_mllm.training.bootstrap.task import BootstrapTask
 from sf_mllm.training.step_times import StepTimes
 
 
 class BootstrapTrainer(Trainer):
-    """Trainer whose model is the student, with its decoder if it has one: no checkpoint holds the teacher.
+    """Trainer whose model is the student alone, so that no checkpoint holds the teacher.
 
     Args:
         task: losses and teacher.
         evaluation: what is measured at each evaluation.
-        inherited_names: parameters of the student that come from the teacher.
+        inherited_names: parameters that come from the teacher.
         inherited_learning_rate: their peak rate; the others use `args.learning_rate`.
         ema_decay: of the average of the student's weights that is measured and saved in their place; 0: of none.
         **kwargs: as for `Trainer`.
     """
 
-    model: SparseFormerModel | StudentWithDecoder
+    model: SparseFormerModel
     train_dataset: TrainingImages | StreamedImages
     eval_dataset: HeldOutImages
 
@@ -58,7 +57,7 @@ class BootstrapTrainer(Trainer):
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self.times = StepTimes(self.args.device, images_per_step=batch_size)
         self.add_callback(self.times)
-        self.average = WeightAverage(self.student, ema_decay) if ema_decay else None
+        self.average = WeightAverage(self.model, ema_decay) if ema_decay else None
         if self.average is not None:
             self.add_callback(self.average)
         if isinstance(self.train_dataset.views, StoredViews):
@@ -66,11 +65,6 @@ class BootstrapTrainer(Trainer):
         task.teacher.to(self.args.device)
         if self.args.torch_compile:
             task.teacher.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
-
-    @property
-    def student(self) -> SparseFormerModel:
-        """What becomes of the run."""
-        return self.model.student if isinstance(self.model, StudentWithDecoder) else self.model
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch the micro-batches of one step, and note how long that took."""
@@ -92,10 +86,11 @@ class BootstrapTrainer(Trainer):
         with self.precision():
             target = self.task.targets(inputs)
         self.times.lap("teacher")
-        options: dict[str, Any] = {"output_hidden_states": bool(target.states), "output_sampling_points": True}
-        if isinstance(self.model, StudentWithDecoder):
-            options["grid"] = tuple(target.feature_map.shape[-2:])
-        output = model(self.task.normalise(inputs["pixel_values"]), **options)
+        output = model(
+            self.task.normalise(inputs["pixel_values"]),
+            output_hidden_states=bool(target.states),
+            output_sampling_points=True,
+        )
         self.times.lap("student")
         losses = self.task.losses(output, target)
         for name, loss in losses.items():
@@ -119,14 +114,14 @@ class BootstrapTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Give inherited and new parameters their own rates, and decay weight matrices only."""
         if self.optimizer is None:
-            inherited = {p for name, p in self.student.named_parameters() if name in self.inherited_names}
+            student = self.model
             # Start values (regions, embeddings, class token) are no weights: decay would pull regions to a corner.
-            decays = {name for name in self.get_decay_parameter_names(self.model) if name.endswith(".weight")}
+            decays = {name for name in self.get_decay_parameter_names(student) if name.endswith(".weight")}
             groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in student.named_parameters():
                 if parameter.requires_grad:
-                    groups[parameter in inherited, name in decays].append(parameter)
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.student)
+                    groups[name in self.inherited_names, name in decays].append(parameter)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, student)
             self.optimizer = optimizer_class(
                 [
                     {
