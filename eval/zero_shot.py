@@ -106,8 +106,8 @@ def evaluate_directory(
         width, own_width = encoder.config.projection_size, clip.visual.output_dim
         if width != own_width:
             raise InputError(
-                f"The embeddings of encoder '{encoder_directory}' have {width} numbers, those of '{clip_directory}' have "
-                f"{own_width}; give the CLIP that the encoder was made from."
+                f"The embeddings of encoder '{encoder_directory}' have {width} numbers, those of '{clip_directory}' "
+                f"have {own_width}; give the CLIP that the encoder was made from."
             )
         processor = SparseFormerImageProcessor.from_pretrained(encoder_directory)
         mean, std = processor.image_mean, processor.image_std

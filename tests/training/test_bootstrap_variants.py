@@ -12,15 +12,18 @@ from safetensors.torch import load_file
 
 from sf_mllm.config import load_run_config
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel, SparseFormerOutput
+from sf_mllm.encoder.sampler import RoiSampler
+from sf_mllm.errors import InputError
 from sf_mllm.training.bootstrap.__main__ import main
 from sf_mllm.training.bootstrap.config import BootstrapConfig
+from sf_mllm.training.bootstrap.losses import average_in_rois
 from sf_mllm.training.bootstrap.run import run_bootstrap
 from sf_mllm.training.bootstrap.student import build_student, find_state_blocks
 from sf_mllm.training.bootstrap.task import BootstrapTask
 from sf_mllm.training.bootstrap.teachers import load_teacher
-from tests.training.test_bootstrap import KILLED_AT_STEP_5, gradients_of_one_step
+from tests.training.test_bootstrap import KILLED_AT_STEP_5, gradients_of_one_step, make_trainer
 
-EVERYTHING = ["loss.relations=2", "loss.states=0.5", "loss.attraction=3", "ema_decay=0.7"]
+EVERYTHING = ["loss.relations=2", "loss.states=0.5", "loss.attraction=3", "loss.size_hinge=2", "ema_decay=0.7"]
 
 
 def read(run_file, *overrides):
@@ -39,7 +42,7 @@ def test_a_run_with_everything_trains_all_of_it_and_saves_the_encoder_alone(run_
     averages = load_file(encoder.parent / "checkpoints/checkpoint-3/ema.safetensors")
     assert averages.keys() == {name for name, p in student.named_parameters() if p.requires_grad}
     rows = [json.loads(line) for line in (encoder.parent / "metrics.jsonl").read_text().splitlines()]
-    weights = {"embedding": 1, "tokens": 1, "relations": 2, "states": 0.5, "attraction": 3}
+    weights = {"embedding": 1, "tokens": 1, "relations": 2, "states": 0.5, "attraction": 3, "size_hinge": 2}
     weights |= {"coverage": 1, "roi_hinge": 0.5, "point_hinge": 10}
     assert {name for name in rows[0] if name.startswith("loss_")} == {f"loss_{name}" for name in weights}
     parts = sum(weight * rows[0][f"loss_{name}"] for name, weight in weights.items())
@@ -82,6 +85,19 @@ def test_with_everything_accumulation_equals_a_larger_batch(run_file):
     for name in ("cortex.0.mlp.fc1.weight", "stem.conv.weight"):
         assert at_once[name].abs().max() > 1e-4
     torch.testing.assert_close(accumulated, at_once, atol=1e-6, rtol=1e-4)
+
+
+def test_sampling_by_kernels_reaches_student_and_losses(run_file):
+    config = read(run_file, "student.sampling_implementation=triton")
+    trainer = make_trainer(config)
+    samplers = [module for module in trainer.model.modules() if isinstance(module, RoiSampler)]
+    assert trainer.task.sampling == "triton" and {sampler.sampling_implementation for sampler in samplers} == {"triton"}
+    with pytest.raises(InputError, match="'triton' needs a CUDA device"):  # the losses say so, too
+        average_in_rois(torch.randn(1, 2, 4, 4), torch.rand(1, 3, 4), sampling="triton")
+    with pytest.raises(InputError, match="'triton' needs a CUDA device"):
+        run_bootstrap(config)
+    with pytest.raises(InputError, match=r"'tritn' is unknown\. Did you mean 'triton'"):
+        make_trainer(read(run_file, "student.sampling_implementation=tritn"))
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3])
