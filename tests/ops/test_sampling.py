@@ -50,6 +50,17 @@ def test_an_implementation_that_is_not_there_is_refused() -> None:
         sample_points(ramp(4, 4), torch.rand(1, 2, 3, 2), padding_mode="border", implementation="cuda")
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_points_that_are_nowhere_touch_no_other_memory(value: float) -> None:
+    features = torch.randn(1, 8, 4, 4, requires_grad=True)
+    points = torch.full((1, 3, 40, 2), value, requires_grad=True)
+    sampled = sample_points(features, points, padding_mode="border")
+    corner = features[..., -1, -1] if value > 0 else features[..., 0, 0]
+    assert torch.equal(sampled, corner[:, None, None].expand_as(sampled))
+    sampled.sum().backward()
+    assert features.grad.sum() == sampled.numel() and not points.grad.any()
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 3, 3), (2, 2, 3, 2)])
 def test_shapes_are_checked(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="batch size"):

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from sf_mllm.config import load_run_config
 from sf_mllm.encoder.image_processing_sparseformer import SparseFormerImageProcessor
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel, SparseFormerOutput
+from sf_mllm.errors import InputError
 from sf_mllm.training.arguments import make_training_arguments
 from sf_mllm.training.bootstrap.__main__ import main
 from sf_mllm.training.bootstrap.config import BootstrapConfig
@@ -297,3 +299,17 @@ def test_help_imports_neither_torch_nor_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "CONFIG.yaml" in done.stdout
+
+
+def test_a_loss_that_is_no_number_is_named_with_its_step(run_file, monkeypatch):
+    losses, calls = BootstrapTask.losses, []
+
+    def spoiled(task, *args):
+        calls.append(None)
+        found = losses(task, *args)
+        return found | {"tokens": found["tokens"] * math.nan} if len(calls) == 2 else found
+
+    monkeypatch.setattr(BootstrapTask, "losses", spoiled)
+    config = load_run_config(BootstrapConfig, run_file, ["train.max_steps=6", "train.logging_steps=6"])
+    with pytest.raises(InputError, match=r"The loss is nan at step 6, first in step 2 \(tokens\); start a new run"):
+        run_bootstrap(config)

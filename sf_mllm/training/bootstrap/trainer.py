@@ -1,6 +1,7 @@
 """The Trainer that runs stage one's task."""
 
 import contextlib
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sf_mllm.data.image_streams import StreamedImages
 from sf_mllm.data.images import HeldOutImages, TrainingImages
 from sf_mllm.data.teacher_store import StoredViews
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
+from sf_mllm.errors import InputError
 from sf_mllm.training.bootstrap.ema import WeightAverage
 from sf_mllm.training.bootstrap.evaluation import BootstrapEvaluation
 from sf_mllm.training.bootstrap.task import BootstrapTask
@@ -54,6 +56,7 @@ class BootstrapTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._loss_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._num_losses = 0
+        self._first_not_finite: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device).long())
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self.times = StepTimes(self.args.device, images_per_step=batch_size)
         self.add_callback(self.times)
@@ -94,7 +97,7 @@ class BootstrapTrainer(Trainer):
         self.times.lap("student")
         losses = self.task.losses(output, target)
         for name, loss in losses.items():
-            self._loss_sums[name] += loss.detach().mean()
+            self._note(name, loss.detach().mean())
         self._num_losses += 1
         total = self.task.total(losses)
         self.times.lap("losses")
@@ -103,6 +106,8 @@ class BootstrapTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each loss since the last log, and count epochs by images: the Trainer sees one long epoch."""
         self.state.epoch = self.train_dataset.epochs_after(self.state.global_step * self.train_dataset.step_size)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise InputError(self._explain_not_finite(logs["loss"]))
         if "loss" in logs and self._num_losses:
             for name, value in self._loss_sums.items():
                 logs[f"loss_{name}"] = self.accelerator.gather(value).mean().item() / self._num_losses
@@ -110,6 +115,21 @@ class BootstrapTrainer(Trainer):
             self._num_losses = 0
             logs |= self.times.end_interval()
         super().log(logs, start_time)
+
+    def _note(self, name: str, loss: Tensor) -> None:
+        """Remember a loss without waiting for its value: its sum, and the first step at which it was no number."""
+        self._loss_sums[name] += loss
+        first, step = self._first_not_finite[name], self.state.global_step + 1
+        self._first_not_finite[name] = torch.where((first == 0) & ~loss.isfinite(), step, first)
+
+    def _explain_not_finite(self, value: float) -> str:
+        steps = {name: first.item() for name, first in self._first_not_finite.items() if first.item()}
+        names = [name for name, step in steps.items() if step == min(steps.values())]
+        parts = f"first in step {min(steps.values()):.0f} ({', '.join(names)})" if steps else "in another process"
+        return (
+            f"The loss is {value} at step {self.state.global_step}, {parts}; start a new run with a lower "
+            "train.learning_rate, or with train.bf16 in place of train.fp16."
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Give inherited and new parameters their own rates, and decay weight matrices only."""
