@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes a demo model as it ships with the project: teacher, decoder, encoder, chat model. One GPU; eval/results/demo_training.csv
-# says how long each part took. The one that ships was made by an earlier version, see its card.
+# says how long each part took. Of what ships, the chat model was made by an earlier version, see its card.
 #
 #   bash scripts/demo/make_demo_model.sh OUT
 #
@@ -17,11 +17,11 @@ run() { echo "+ python -m $*" >&2; "$PYTHON" -m "$@"; }
 
 if [ ! -d "$out/clip" ]; then # the teacher is saved while it trains; only a finished one gets the name
   rm -rf "$out/clip.unfinished"
-  run scripts.demo.train_clip --out "$out/clip.unfinished" --seconds 370 --log "$out/clip.jsonl"
+  run scripts.demo.train_clip --out "$out/clip.unfinished" --seconds 330 --log "$out/clip.jsonl"
   mv "$out/clip.unfinished" "$out/clip"
 fi
 [ -d "$out/decoder" ] || run scripts.demo.train_decoder --out "$out/decoder" --seconds 300
-run sf_mllm.data.scenes "$out/scenes" --count 100000 --seed 1 --workers "$(nproc)"
+run sf_mllm.data.scenes "$out/scenes" --count 100000 --seed 1 --image-format bmp --workers "$(nproc)" # 15 GB
 run sf_mllm.training.bootstrap configs/bootstrap/demo_model.yaml output_dir="$out/bootstrap" \
   teacher.model="local-dir:$out/clip" data.images="$out/scenes/images"
 run sf_mllm.training.instruct configs/finetune/demo_model.yaml output_dir="$out/finetune" \

@@ -227,8 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--evaluate-every-s", type=float, default=60, help="seconds between evaluations (default: 60)")
     parser.add_argument("--samples", type=int, default=512, help="per zero-shot task; twice that at the end")
     parser.add_argument("--width", type=int, default=256, help="of both towers, a multiple of 64 (default: 256)")
-    parser.add_argument("--layers", type=int, default=8, help="of the image tower (default: 8)")
-    parser.add_argument("--text-layers", type=int, default=3, help="default: 3")
+    parser.add_argument("--layers", type=int, default=6, help="of the image tower (default: 6)")
+    parser.add_argument("--text-layers", type=int, default=2, help="default: 2")
     parser.add_argument("--embed-dim", type=int, default=512, help="default: 512")
     options = parser.parse_args(arguments)
     if options.batch_size < 4 or options.batch_size % 2:

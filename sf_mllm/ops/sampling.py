@@ -43,7 +43,7 @@ def sample_points(
 def _sample_by_grid_sample(feature_map: Tensor, points: Tensor, padding_mode: str) -> Tensor:
     """The reference, by PyTorch's own operation."""
     if padding_mode == "border":
-        # As on a GPU. On a CPU PyTorch (2.14) takes NaN for a place in memory and writes a gradient there.
+        # As on a GPU. On a CPU PyTorch (2.11, 2.14) takes NaN for a place in memory and writes a gradient there.
         points = points.nan_to_num(nan=0.0)
     sampled = F.grid_sample(
         feature_map.float(), 2 * points - 1, mode="bilinear", padding_mode=padding_mode, align_corners=False

@@ -75,7 +75,7 @@ def test_the_shipped_encoder_and_its_teacher():
     ours, teacher = find_tower("demo")(None), find_tower("demo:clip")(ImageSize(96, 64))
     assert (ours.weights, teacher.weights) == ("demo:sf_llava", "demo:clip")
     assert ours.size == (224, 224) and tokens(ours).shape == (2, 49, 192)
-    assert tokens(teacher).shape == (2, 6 * 4, 192)
+    assert tokens(teacher).shape == (2, 6 * 4, 256)
     assert ours.mean == teacher.mean == CLIP_MEAN
 
 
