@@ -2,6 +2,7 @@
 
     python -m eval.bootstrap_speed --size large --rows eval/results
     python -m eval.bootstrap_speed --size base --micro-batch 256 512 --images files --teacher online
+    python -m eval.bootstrap_speed --size large --teacher store --images memory --sampling grid_sample triton
 
 Protocol `bootstrap-speed-1`: a few optimizer steps of the shipped configuration through the project's own Trainer,
 compiled, bf16; the first quarter of them, in which kernels are compiled, is left out. `online`: the teacher sees every
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.bootstrap_sizes import SIZES, count_cores, draw_images, run_overrides
 from sf_mllm.errors import CommandLineParser, InputError, report_input_errors
+from sf_mllm.ops.sampling_choice import SAMPLING_NAMES
 
 if TYPE_CHECKING:
     from sf_mllm.training.bootstrap.config import BootstrapConfig
@@ -53,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=32, help="optimizer steps of each run (default 32)")
     parser.add_argument("--files", type=int, default=2048, help="JPEG files to draw (default 2048)")
     parser.add_argument("--file-size", type=int, default=400, help="side of the JPEG files in pixels (default 400)")
+    parser.add_argument(
+        "--sampling", nargs="+", choices=SAMPLING_NAMES, default=[SAMPLING_NAMES[0]], help="what reads feature maps"
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--work", type=Path, help="folder for files, store and runs (default: a temporary one)")
     parser.add_argument("--rows", type=Path, help="folder whose bootstrap_speed.csv the results are appended to")
@@ -68,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         images = draw_images(work / "scenes", options.files, options.file_size)
-        for teacher, kept_as, micro_batch in itertools.product(options.teacher, options.images, micro_batches):
+        arrangements = itertools.product(options.teacher, options.images, micro_batches, options.sampling)
+        for teacher, kept_as, micro_batch, sampling in arrangements:
             row = {
                 "protocol": PROTOCOL,
                 "size": options.size,
@@ -79,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "workers": count_cores(),
                 "steps": options.steps,
                 "compiled": options.compile,
+                "sampling": sampling,
             }
             overrides = run_overrides(
                 size,
@@ -90,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 compiled=options.compile,
             )
             overrides += [f"train.dataloader_num_workers={count_cores()}", "store.crops=1"]
+            overrides.append(f"student.sampling_implementation={sampling}")
             if teacher == "store":
                 overrides.append(f"store.path={work / f'store-{options.size}'}")
             row |= measure(size.path, overrides, keep_in_memory=kept_as == "memory")

@@ -3,12 +3,12 @@
 from importlib import import_module
 
 from sf_mllm.errors import InputError, nearest
-from sf_mllm.ops.sampling import SAMPLING_IMPLEMENTATIONS
 
 _MODULES = {"triton": "sf_mllm.ops.sampling_triton"}
 """Modules that add an implementation when they are imported, by its name."""
 
-SAMPLING_NAMES = (*SAMPLING_IMPLEMENTATIONS, *_MODULES)
+SAMPLING_NAMES = ("grid_sample", *_MODULES)
+"""The first one is where a model starts."""
 
 
 def load_sampling(name: str) -> None:

@@ -11,8 +11,8 @@ import torch
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.errors import InputError
-from sf_mllm.ops.sampling import sample_points
-from sf_mllm.ops.sampling_choice import load_sampling
+from sf_mllm.ops.sampling import DEFAULT_SAMPLING, SAMPLING_IMPLEMENTATIONS, sample_points
+from sf_mllm.ops.sampling_choice import SAMPLING_NAMES, load_sampling
 from tests.ops.sampling_cases import compare
 
 pytest.importorskip("triton")
@@ -48,6 +48,13 @@ def test_a_cpu_is_refused_in_plain_words() -> None:
         model(torch.zeros(1, 3, 64, 64))
     model.set_sampling_implementation("grid_sample")
     model(torch.zeros(1, 3, 64, 64))
+
+
+def test_all_names_can_be_loaded() -> None:
+    assert SAMPLING_NAMES[0] == DEFAULT_SAMPLING
+    for name in SAMPLING_NAMES:
+        load_sampling(name)
+    assert SAMPLING_IMPLEMENTATIONS.keys() == set(SAMPLING_NAMES)
 
 
 def test_a_wrong_name_is_refused() -> None:
