@@ -85,7 +85,6 @@ class SFLlavaModel(LlavaModel):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
@@ -96,7 +95,9 @@ class SFLlavaModel(LlavaModel):
         Where each rank holds a part of every weight (ZeRO-3, FSDP) the same holds for gathering them, in training and
         in evaluation.
         """
-        if (self.training or self.always_encodes) and pixel_values is None and past_key_values is None:
+        # transformers calls it `cache` from 5.24 on.
+        continues = kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
+        if (self.training or self.always_encodes) and pixel_values is None and not continues:
             if inputs_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
                 input_ids = None
@@ -108,7 +109,6 @@ class SFLlavaModel(LlavaModel):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
