@@ -46,16 +46,16 @@ def _pixel(image, column, row, is_point, height, width, stride_image, stride_row
 @triton.jit
 def _forward_kernel(
     features, points, sampled,
-    num_points, points_per_image, channels, height, width,
+    num_points, points_per_image, height, width,
     stride_image, stride_channel, stride_row, stride_column,
-    BORDER: tl.constexpr, BLOCK_POINTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr, BORDER: tl.constexpr, BLOCK_POINTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * BLOCK_POINTS + tl.arange(0, BLOCK_POINTS)
     is_point = index < num_points
     image = index // points_per_image
     left, top, x_share, y_share, _x_moves, _y_moves = _place(points, index, is_point, height, width, BORDER)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    is_channel = channel < channels
+    is_channel = channel < CHANNELS
     total = tl.zeros([BLOCK_POINTS, BLOCK_CHANNELS], dtype=tl.float32)
     for right in tl.static_range(2):
         for bottom in tl.static_range(2):
@@ -70,7 +70,7 @@ def _forward_kernel(
             )
             total += weight[:, None] * value.to(tl.float32)
     tl.store(
-        sampled + index[:, None] * channels + channel[None, :],
+        sampled + index[:, None] * CHANNELS + channel[None, :],
         total.to(sampled.dtype.element_ty),
         mask=is_point[:, None] & is_channel[None, :],
     )
@@ -79,9 +79,10 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     features, points, sampled_grad, features_grad, points_grad,
-    num_points, points_per_image, channels, height, width,
+    num_points, points_per_image, height, width,
     stride_image, stride_channel, stride_row, stride_column,
-    BORDER: tl.constexpr, WITH_FEATURES: tl.constexpr, BLOCK_POINTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr, BORDER: tl.constexpr, WITH_FEATURES: tl.constexpr,
+    BLOCK_POINTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * BLOCK_POINTS + tl.arange(0, BLOCK_POINTS)
     is_point = index < num_points
@@ -89,11 +90,11 @@ def _backward_kernel(
     left, top, x_share, y_share, x_moves, y_moves = _place(points, index, is_point, height, width, BORDER)
     x_grad = tl.zeros([BLOCK_POINTS], dtype=tl.float32)
     y_grad = tl.zeros([BLOCK_POINTS], dtype=tl.float32)
-    for first in range(0, channels, BLOCK_CHANNELS):
+    for first in range(0, CHANNELS, BLOCK_CHANNELS):
         channel = first + tl.arange(0, BLOCK_CHANNELS)
-        is_channel = channel < channels
+        is_channel = channel < CHANNELS
         grad = tl.load(
-            sampled_grad + index[:, None] * channels + channel[None, :],
+            sampled_grad + index[:, None] * CHANNELS + channel[None, :],
             mask=is_point[:, None] & is_channel[None, :],
             other=0.0,
         ).to(tl.float32)
@@ -112,7 +113,7 @@ def _backward_kernel(
                 if WITH_FEATURES:
                     target, _exists = _pixel(  # channels last
                         image, left + right, top + bottom, is_point, height, width,
-                        height * width * channels, width * channels, channels,
+                        height * width * CHANNELS, width * CHANNELS, CHANNELS,
                     )  # fmt: skip
                     tl.atomic_add(
                         features_grad + target[:, None] + channel[None, :],
@@ -135,8 +136,8 @@ def _sample(feature_map: Tensor, points: Tensor, border: bool) -> Tensor:
     if num_points:
         _forward_kernel[triton.cdiv(num_points, _BLOCK_POINTS), triton.cdiv(channels, block)](
             feature_map, points, sampled,
-            num_points, num_points // batch_size, channels, height, width, *_strides(feature_map),
-            BORDER=border, BLOCK_POINTS=_BLOCK_POINTS, BLOCK_CHANNELS=block,
+            num_points, num_points // batch_size, height, width, *_strides(feature_map),
+            CHANNELS=channels, BORDER=border, BLOCK_POINTS=_BLOCK_POINTS, BLOCK_CHANNELS=block,
         )  # fmt: skip
     return sampled
 
@@ -160,8 +161,8 @@ def _sample_backward(
     if num_points:
         _backward_kernel[(triton.cdiv(num_points, _BLOCK_POINTS),)](
             feature_map, points, sampled_grad, features_grad, points_grad,
-            num_points, num_points // batch_size, channels, height, width, *_strides(feature_map),
-            BORDER=border, WITH_FEATURES=with_features,
+            num_points, num_points // batch_size, height, width, *_strides(feature_map),
+            CHANNELS=channels, BORDER=border, WITH_FEATURES=with_features,
             BLOCK_POINTS=_BLOCK_POINTS, BLOCK_CHANNELS=_block_channels(channels),
         )  # fmt: skip
     return features_grad, points_grad

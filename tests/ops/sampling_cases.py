@@ -46,6 +46,7 @@ def compare(implementation: str, device: str, sample: Sampler = sample_points) -
         weights = torch.randn(size[0], 3, 7, size[1], generator=generator).to(device, dtype)
         tolerance = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}[dtype]
         for features in lay_out(feature_map):
+            torch._dynamo.reset()  # if it is compiled, then for each case anew
             arguments = (features, points, weights)
             ours = gradients(sample, *arguments, padding_mode=padding_mode, implementation=implementation)
             theirs = gradients(sample_points, *arguments, padding_mode=padding_mode)
@@ -78,3 +79,8 @@ def compare(implementation: str, device: str, sample: Sampler = sample_points) -
 if __name__ == "__main__":
     load_sampling("triton")
     print(f"{compare('triton', sys.argv[1])} cases agree")
+    # The operation tells the compiler the truth about shapes, side effects and gradients.
+    inputs = [torch.rand(shape, device=sys.argv[1], requires_grad=True) for shape in ((2, 4, 5, 6), (2, 3, 4, 2))]
+    torch.library.opcheck(torch.ops.sf_mllm.sample_points.default, (*inputs, True))
+    traced = torch.compile(sample_points, backend="aot_eager", fullgraph=True)
+    print(f"{compare('triton', sys.argv[1], traced)} traced cases agree")
