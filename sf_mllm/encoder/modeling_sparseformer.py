@@ -176,8 +176,8 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
         """Choose what reads the feature map at sampling points; results differ in rounding only.
 
         Args:
-            name: "grid_sample", PyTorch's own operation, where a model starts; or "triton", a kernel for CUDA devices
-                that is faster both ways. It does not go into saved files.
+            name: "grid_sample", PyTorch's own operation, where a model starts; or "triton", a kernel for CUDA devices.
+                It does not go into saved files.
 
         Raises:
             InputError: there is no such implementation, or it cannot be had here.

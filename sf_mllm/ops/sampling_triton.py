@@ -1,7 +1,7 @@
 """Bilinear reads by one Triton kernel each way, which read and write whole pixels; made known by being imported.
 
-The kernels take a feature map as it lies in memory and are fastest where a pixel's channels are neighbours (channels
-last). Every sum is made in fp32; gradients of pixels are added up by atomics, in no fixed order.
+The kernels take a feature map as it lies in memory and are made for one whose pixels are whole there (channels last).
+Every sum is made in fp32; gradients of pixels are added up by atomics, in no fixed order.
 """
 
 import torch
@@ -136,7 +136,7 @@ def _sample(feature_map: Tensor, points: Tensor, border: bool) -> Tensor:
     if num_points:
         _forward_kernel[triton.cdiv(num_points, _BLOCK_POINTS), triton.cdiv(channels, block)](
             feature_map, points, sampled,
-            num_points, num_points // batch_size, height, width, *_strides(feature_map),
+            num_points, num_points // batch_size, height, width, *feature_map.stride(),
             CHANNELS=channels, BORDER=border, BLOCK_POINTS=_BLOCK_POINTS, BLOCK_CHANNELS=block,
         )  # fmt: skip
     return sampled
@@ -161,7 +161,7 @@ def _sample_backward(
     if num_points:
         _backward_kernel[(triton.cdiv(num_points, _BLOCK_POINTS),)](
             feature_map, points, sampled_grad, features_grad, points_grad,
-            num_points, num_points // batch_size, height, width, *_strides(feature_map),
+            num_points, num_points // batch_size, height, width, *feature_map.stride(),
             CHANNELS=channels, BORDER=border, WITH_FEATURES=with_features,
             BLOCK_POINTS=_BLOCK_POINTS, BLOCK_CHANNELS=_block_channels(channels),
         )  # fmt: skip
@@ -196,11 +196,6 @@ _sample.register_autograd(_differentiate, setup_context=_remember)
 
 def _block_channels(channels: int) -> int:
     return min(triton.next_power_of_2(channels), _LARGEST_BLOCK_CHANNELS)
-
-
-def _strides(feature_map: Tensor) -> tuple[int, int, int, int]:
-    """Strides of image, channel, row and column."""
-    return feature_map.stride()  # type: ignore[return-value]  # of four axes
 
 
 def _sample_by_triton(feature_map: Tensor, points: Tensor, padding_mode: str) -> Tensor:

@@ -50,6 +50,20 @@ def configure_logging() -> None:
     logging.getLogger("sf_mllm").setLevel(logging.INFO if is_main_process() else logging.WARNING)
 
 
+def explain_not_finite(loss: float, step: int, since: str = "") -> InputError:
+    """Return what to raise when a loss is no number.
+
+    Args:
+        loss: as it is logged.
+        step: that it is logged at.
+        since: where it began, if that is known.
+    """
+    return InputError(
+        f"The loss is {loss} at step {step}{since}; start a new run with a lower train.learning_rate, or with "
+        "train.bf16 in place of train.fp16."
+    )
+
+
 class ProgressReporter(TrainerCallback):
     """Appends one row for each log event; after a resume, rows beyond the resumed step are dropped first."""
 
@@ -89,10 +103,7 @@ class ProgressReporter(TrainerCallback):
             InputError: the loss is not finite; going on would waste the rest of the run.
         """
         if logs and not math.isfinite(logs.get("loss", 0.0)):
-            raise InputError(
-                f"The loss is {logs['loss']} at step {state.global_step}; start a new run with a lower "
-                "train.learning_rate, or with train.bf16 in place of train.fp16."
-            )
+            raise explain_not_finite(logs["loss"], state.global_step)
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:  # the summary goes into run.json
             return
         row: dict[str, Any] = {"step": state.global_step, **logs}

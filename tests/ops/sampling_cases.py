@@ -67,10 +67,7 @@ def compare(implementation: str, device: str, sample: Sampler = sample_points) -
     ):
         torch.testing.assert_close(a, b, atol=0.5, rtol=2e-2)
     lost = torch.full_like(points[:, :, :1], torch.nan)
-    assert sample(feature_map, lost, padding_mode="zeros", implementation=implementation).shape == (
-        *lost.shape[:3],
-        size[1],
-    )
+    assert sample(feature_map, lost, padding_mode="zeros", implementation=implementation).isnan().all()
     empty = sample(feature_map, points[:, :0], padding_mode="zeros", implementation=implementation)
     assert empty.shape == (size[0], 0, 7, size[1])
     return count

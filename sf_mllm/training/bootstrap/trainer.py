@@ -14,10 +14,10 @@ from sf_mllm.data.image_streams import StreamedImages
 from sf_mllm.data.images import HeldOutImages, TrainingImages
 from sf_mllm.data.teacher_store import StoredViews
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
-from sf_mllm.errors import InputError
 from sf_mllm.training.bootstrap.ema import WeightAverage
 from sf_mllm.training.bootstrap.evaluation import BootstrapEvaluation
 from sf_mllm.training.bootstrap.task import BootstrapTask
+from sf_mllm.training.progress import explain_not_finite
 from sf_mllm.training.step_times import StepTimes
 
 
@@ -54,9 +54,10 @@ class BootstrapTrainer(Trainer):
         self.inherited_learning_rate = inherited_learning_rate
         # The loss is a mean over the micro-batch, so accumulation must divide it by the number of micro-batches.
         self.model_accepts_loss_kwargs = False
-        self._loss_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        self._loss_names: list[str] = []
+        self._loss_sums = torch.zeros((), device=self.args.device)  # [losses] from the first step on, like the next
+        self._first_not_finite = torch.full((), math.inf, device=self.args.device)
         self._num_losses = 0
-        self._first_not_finite: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device).long())
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self.times = StepTimes(self.args.device, images_per_step=batch_size)
         self.add_callback(self.times)
@@ -96,9 +97,7 @@ class BootstrapTrainer(Trainer):
         )
         self.times.lap("student")
         losses = self.task.losses(output, target)
-        for name, loss in losses.items():
-            self._note(name, loss.detach().mean())
-        self._num_losses += 1
+        self._note(losses)
         total = self.task.total(losses)
         self.times.lap("losses")
         return (total, output) if return_outputs else total
@@ -107,29 +106,28 @@ class BootstrapTrainer(Trainer):
         """Add the mean of each loss since the last log, and count epochs by images: the Trainer sees one long epoch."""
         self.state.epoch = self.train_dataset.epochs_after(self.state.global_step * self.train_dataset.step_size)
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise InputError(self._explain_not_finite(logs["loss"]))
+            raise explain_not_finite(logs["loss"], self.state.global_step, self._since_when())
         if "loss" in logs and self._num_losses:
-            for name, value in self._loss_sums.items():
-                logs[f"loss_{name}"] = self.accelerator.gather(value).mean().item() / self._num_losses
-            self._loss_sums.clear()
+            means = self.accelerator.gather(self._loss_sums[None]).mean(dim=0) / self._num_losses
+            logs |= {f"loss_{name}": mean for name, mean in zip(self._loss_names, means.tolist(), strict=True)}
+            self._loss_sums = torch.zeros_like(self._loss_sums)
             self._num_losses = 0
             logs |= self.times.end_interval()
         super().log(logs, start_time)
 
-    def _note(self, name: str, loss: Tensor) -> None:
-        """Remember a loss without waiting for its value: its sum, and the first step at which it was no number."""
-        self._loss_sums[name] += loss
-        first, step = self._first_not_finite[name], self.state.global_step + 1
-        self._first_not_finite[name] = torch.where((first == 0) & ~loss.isfinite(), step, first)
+    def _note(self, losses: dict[str, Tensor]) -> None:
+        """Remember losses without waiting for their values: their sums, and the first steps at which they are none."""
+        means = torch.stack([loss.detach().mean() for loss in losses.values()])
+        self._loss_names, self._num_losses = list(losses), self._num_losses + 1
+        self._loss_sums = self._loss_sums + means
+        step = torch.where(means.isfinite(), math.inf, self.state.global_step + 1)
+        self._first_not_finite = torch.minimum(self._first_not_finite, step)
 
-    def _explain_not_finite(self, value: float) -> str:
-        steps = {name: first.item() for name, first in self._first_not_finite.items() if first.item()}
-        names = [name for name, step in steps.items() if step == min(steps.values())]
-        parts = f"first in step {min(steps.values()):.0f} ({', '.join(names)})" if steps else "in another process"
-        return (
-            f"The loss is {value} at step {self.state.global_step}, {parts}; start a new run with a lower "
-            "train.learning_rate, or with train.bf16 in place of train.fp16."
-        )
+    def _since_when(self) -> str:
+        """Say where losses ceased to be numbers; of several processes the first one counts."""
+        firsts = self.accelerator.gather(self._first_not_finite[None]).amin(dim=0).tolist()
+        names = [name for name, first in zip(self._loss_names, firsts, strict=True) if first == min(firsts)]
+        return f", first in step {min(firsts):.0f} ({', '.join(names)})"
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Give inherited and new parameters their own rates, and decay weight matrices only."""
