@@ -155,7 +155,7 @@ def test_truth_agrees_with_reading_the_words(scenes, captions):
 def test_all_phrases_are_different_and_their_truth_is_that_of_any_caption(scenes):
     phrases = all_phrases("cpu", scenes.domain)
     tokens = tokenize(phrases)
-    expected = {"plain": 8 * 8 * (1 + 9), "clutter": 8 * 44 * (1 + 9 + 4)}
+    expected = {"plain": 8 * 8 * (1 + 9), "clutter": 8 * 44 * (1 + 9 + 4 + 4)}
     assert len(phrases) == expected[scenes.domain] == len(tokens.unique(dim=0))
     assert (tokens[:, DOMAINS[scenes.domain].phrase_length :] == PAD).all()
     some, few = torch.arange(0, len(phrases), 7), scenes.select(slice(0, 40))
