@@ -6,7 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from sf_mllm.bench.choices import DEFAULT_CHATS, DEFAULT_TOWERS, MODES, PRECISIONS, RANDOM_CHATS, TOWER_FORMS
+from sf_mllm.bench.choices import (
+    CHAT_MODES,
+    DEFAULT_CHATS,
+    DEFAULT_TOWERS,
+    MODES,
+    PRECISIONS,
+    RANDOM_CHATS,
+    TOWER_FORMS,
+)
 from sf_mllm.bench.sizes import ImageSize, parse_size
 from sf_mllm.errors import CommandLineParser, InputError, nearest
 
@@ -165,6 +173,12 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("float32", "bfloat16", "float16"),
         help="of the weights (default: bfloat16 on cuda, else float32); the check needs room for them in float32",
+    )
+    parser.add_argument(
+        "--mode",
+        nargs="+",
+        choices=CHAT_MODES,
+        help="; ".join(f"{name}: {text}" for name, text in CHAT_MODES.items()) + " (default: as the chat runs here)",
     )
     parser.add_argument("--new-tokens", type=_whole(2), default=32, metavar="N", help="of an answer (default: 32)")
     parser.add_argument("--prompt", metavar="TEXT", help="question to ask (default: a short one)")

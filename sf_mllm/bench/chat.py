@@ -1,12 +1,14 @@
 """Time and memory of answers: preprocessing, encoder and projector, first token, every further token.
 
-Protocol `chat-speed-1`: `generate` of transformers, greedy, with its cache. "first token" is from the model's inputs
-on the device to one token: encoder, projector, prompt. "next token" is what each further one adds: the time of an
-answer of N tokens without that of one token, called in the same round, over N - 1. Before anything is timed, the logits
-of a short answer must be those of the same weights in float32, computed in one pass without a cache.
+Protocol `chat-speed-1`: `generate` of transformers, greedy, with its cache, as it is or with forward passes recorded as
+CUDA graphs (`sf_mllm.inference.replay`), which pads the prompt and takes a static cache. "first token" is from the
+model's inputs on the device to one token: encoder, projector, prompt. "next token" is what each further one adds: the
+time of an answer of N tokens without that of one token, called in the same round, over N - 1. Before anything is timed,
+the logits of a short answer must be those of the same weights in float32, computed in one pass without a cache.
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +23,7 @@ from sf_mllm.bench.precision import computing_in
 from sf_mllm.bench.rows import COMPLETE, LOST_IN_NOISE, NO_PROCESSOR, Row, round_to
 from sf_mllm.bench.timing import Spread, Work, forget_peak, held_bytes, peak_gib, to_gib, wait
 from sf_mllm.errors import InputError
+from sf_mllm.inference.replay import Replay, has_replayable_parts
 from sf_mllm.vlm.build import cast_weights
 
 PROTOCOL = "chat-speed-1"
@@ -28,6 +31,8 @@ PREPROCESS, ENCODER, FIRST, NEXT = "chat preprocess", "chat encoder", "first tok
 STEPS = (PREPROCESS, ENCODER, FIRST, NEXT)
 _ANSWER = "answer"
 _CHECKED_TOKENS = 4
+_RECORDED = "cuda-graphs"
+_CALLS_TO_RECORD = 3  # as it is, recorded, replayed
 
 
 @dataclass
@@ -39,6 +44,7 @@ class _Candidate:
     own_bytes: int = 0
     error: Exception | None = None
     works: dict[str, Work] = field(default_factory=dict)
+    replay: Replay | None = None
 
 
 def measure_chats(
@@ -47,11 +53,12 @@ def measure_chats(
     *,
     batches: Sequence[int],
     precision: str,
+    modes: Sequence[str],
     new_tokens: int,
     text_tokens: int,
     question: str | None = None,
 ) -> Iterator[Row]:
-    """Yield a row for each step of each model at each batch size.
+    """Yield a row for each step of each model in each mode, at each batch size.
 
     All models are on the device at the same time, to be called in turns.
 
@@ -60,16 +67,20 @@ def measure_chats(
         conditions: where and how.
         batches: conversations of one call.
         precision: of the weights: float32, bfloat16 or float16.
+        modes: of `choices.CHAT_MODES`.
         new_tokens: of an answer, at least 2.
         text_tokens: of the prompt of a random model.
         question: to ask the others; None: a short one.
 
     Raises:
-        InputError: a random model is unknown, or answers are too short.
+        InputError: a random model is unknown, the device has no such mode, or answers are too short.
     """
     refuse_repeated(list(names), "Model")
     if new_tokens < 2:
         raise InputError(f"Answers of {new_tokens} tokens have no next token; take at least 2.")
+    for mode in modes:
+        if _needs_cuda(mode) and conditions.device.type != "cuda":
+            raise InputError(f"Mode '{mode}' needs a CUDA device, got {conditions.device}; take eager.")
     for name in names:
         find_chat_model(name)
     load = functools.partial(
@@ -82,7 +93,7 @@ def measure_chats(
     )
     candidates = []
     for name in names:
-        row = Row(PROTOCOL, "", name, precision=precision, mode="eager", threads=torch.get_num_threads())
+        row = Row(PROTOCOL, "", name, precision=precision, threads=torch.get_num_threads())
         row.images = conditions.images.name
         candidates.append(candidate := _Candidate(row))
         held = held_bytes(conditions.device)
@@ -98,15 +109,21 @@ def measure_chats(
         except Exception as error:  # out of memory, or a defect
             candidate.error = error
         candidate.own_bytes = held_bytes(conditions.device) - held
-    for batch in batches:
-        yield from _compare(candidates, conditions, batch, new_tokens)
+    for mode, batch in itertools.product(modes, batches):
+        yield from _compare(candidates, conditions, mode, batch, new_tokens)
 
 
-def _compare(candidates: list[_Candidate], conditions: Conditions, batch: int, new_tokens: int) -> Iterator[Row]:
-    """Measure all models at one batch size."""
+def _needs_cuda(mode: str) -> bool:
+    return mode == _RECORDED
+
+
+def _compare(
+    candidates: list[_Candidate], conditions: Conditions, mode: str, batch: int, new_tokens: int
+) -> Iterator[Row]:
+    """Measure all models in one mode at one batch size."""
     rows: dict[str, Row] = {}
     for candidate in candidates:
-        row = rows[candidate.row.model] = replace(candidate.row, batch=batch)
+        row = rows[candidate.row.model] = replace(candidate.row, mode=mode, batch=batch)
         candidate.works.clear()
         try:
             if candidate.error is not None:
@@ -126,6 +143,10 @@ def _compare(candidates: list[_Candidate], conditions: Conditions, batch: int, n
         if f"{FIRST} {name}" in measured:
             first = times[FIRST][name] = measured[f"{FIRST} {name}"]
             times[NEXT][name] = measured[f"{_ANSWER} {name}"].minus(first).per(new_tokens - 1)
+    for candidate in candidates:
+        if candidate.replay is not None:
+            candidate.replay.close()
+            candidate.replay = None
     reference = candidates[0].row.model
     is_noise = {name for name, difference in times[NEXT].items() if difference.median <= 0}
     for name in is_noise:
@@ -152,11 +173,15 @@ def _prepare(row: Row, candidate: _Candidate, conditions: Conditions, new_tokens
     """Fill in what is known of a model at a batch size, check what it computes, and return what is to be timed."""
     chat, device = candidate.chat, conditions.device
     assert chat is not None and isinstance(row.batch, int)
+    is_recorded = row.mode == _RECORDED
+    if is_recorded and not has_replayable_parts(chat.model):
+        raise InputError("cannot be recorded: no LLaVA of transformers, or its language model has sliding windows")
     inputs = chat.make_inputs(row.batch)
     row.prompt_tokens = inputs["input_ids"].shape[1]
     row.height, row.width = inputs["pixel_values"].shape[-2:]
     row.visual_tokens = int((inputs["input_ids"][0] == chat.model.config.image_token_id).sum())
-    row.relative_error = round_to(_check_answer(chat.model, inputs, row.precision, device), 2)
+    row.relative_error = round_to(_check_answer(chat.model, inputs, row.precision, device, is_recorded), 2)
+    replay = candidate.replay = Replay(chat.model) if is_recorded else None
 
     def encode() -> None:
         with computing_in(row.precision, device):
@@ -164,7 +189,7 @@ def _prepare(row: Row, candidate: _Candidate, conditions: Conditions, new_tokens
 
     def answer(tokens: int) -> None:
         with computing_in(row.precision, device):
-            _generate(chat.model, inputs, tokens)
+            _generate(chat.model, inputs if replay is None else replay.prepare(inputs, tokens), tokens)
 
     works: dict[str, Work] = {
         ENCODER: encode,
@@ -183,16 +208,23 @@ def _prepare(row: Row, candidate: _Candidate, conditions: Conditions, new_tokens
     return works
 
 
-def _check_answer(model: Any, inputs: dict[str, Tensor], precision: str, device: torch.device) -> float:
+def _check_answer(
+    model: Any, inputs: dict[str, Tensor], precision: str, device: torch.device, is_recorded: bool
+) -> float:
     """Return the relative error of the logits of a short answer.
 
     Raises:
         WrongResultError: it is too large.
     """
+    replay = Replay(model) if is_recorded else None
     with computing_in(precision, device):
-        answer = _generate(model, inputs, _CHECKED_TOKENS, output_logits=True)
+        for _ in range(1 if replay is None else _CALLS_TO_RECORD):
+            given = inputs if replay is None else replay.prepare(inputs, _CHECKED_TOKENS)
+            answer = _generate(model, given, _CHECKED_TOKENS, output_logits=True)
+    if replay is not None:
+        replay.close()  # it holds the addresses of weights that are about to move
     logits = torch.stack(answer.logits, dim=1).float().cpu()  # [B, T, V]
-    sequences = answer.sequences[:, :-1]
+    sequences = answer.sequences[:, -(inputs["input_ids"].shape[1] + _CHECKED_TOKENS) : -1]  # without padding
     whole = {
         **inputs,
         "input_ids": sequences,
@@ -209,7 +241,7 @@ def _check_answer(model: Any, inputs: dict[str, Tensor], precision: str, device:
     return check_output(logits, reference, precision)
 
 
-def _generate(model: Any, inputs: dict[str, Tensor], tokens: int, *, output_logits: bool = False) -> Any:
+def _generate(model: Any, inputs: dict[str, Any], tokens: int, *, output_logits: bool = False) -> Any:
     """Answer greedily with exactly so many tokens."""
     return model.generate(
         **inputs,

@@ -16,6 +16,11 @@ MODES = {
     "cuda-graphs": "the same, replayed as a CUDA graph",
 }
 
+CHAT_MODES = {
+    "eager": "transformers as it is",
+    "cuda-graphs": "forward passes recorded as CUDA graphs, as the chat does it",
+}
+
 COMPILE_MODES = {"compiled": "default", "cuda-graphs": "reduce-overhead"}
 """`mode` of torch.compile."""
 

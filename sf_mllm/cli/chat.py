@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging
 
     from sf_mllm.inference.loading import load_model
+    from sf_mllm.inference.replay import Replay, can_replay
     from sf_mllm.inference.session import ChatSession
 
     transformers_logging.set_verbosity_error()
@@ -66,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
+        replay=Replay(model) if can_replay(model) else None,
     )
     if image is not None:
         session.set_image(image)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteria, TextIteratorStreamer
 
 from sf_mllm.errors import InputError, is_valid_text
+from sf_mllm.inference.replay import Replay
 from sf_mllm.regions import seen_area
 
 
@@ -54,6 +55,7 @@ class ChatSession:
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         seed: int | None = None,
+        replay: Replay | None = None,
     ) -> None:
         """Start an empty conversation.
 
@@ -63,6 +65,7 @@ class ChatSession:
             max_new_tokens: longest answer.
             temperature: 0 takes the likeliest token each time, larger values sample.
             seed: makes sampled answers repeatable; sets torch's global generator.
+            replay: of the model; answers are the same with it, and come sooner.
         """
         self.model: Any = model  # `generate` and `get_image_features` are on no common base class
         self.processor: Any = processor
@@ -71,6 +74,7 @@ class ChatSession:
         self.image: Image.Image | None = None
         self.statistics: AnswerStatistics | None = None
         self._messages: list[dict[str, Any]] = []
+        self._replay = replay
         if seed is not None:
             torch.manual_seed(seed)
 
@@ -117,6 +121,9 @@ class ChatSession:
         return self._stream(messages, inputs, min(self.max_new_tokens, room))
 
     def _stream(self, messages: list[dict[str, Any]], inputs: Any, max_new_tokens: int) -> Generator[str, None, None]:
+        prompt_tokens = inputs["input_ids"].shape[1]
+        if self._replay is not None:
+            inputs = self._replay.prepare(inputs, max_new_tokens)
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop = threading.Event()
         outcome: dict[str, Any] = {}
@@ -151,10 +158,9 @@ class ChatSession:
             worker.join()
             if "tokens" in outcome:
                 ended = time.perf_counter()
-                prompt_tokens = inputs["input_ids"].shape[1]
                 self.statistics = AnswerStatistics(
                     prompt_tokens=prompt_tokens,
-                    new_tokens=outcome["tokens"].shape[1] - prompt_tokens,
+                    new_tokens=outcome["tokens"].shape[1] - inputs["input_ids"].shape[1],
                     seconds_to_first_text=(first or ended) - started,
                     seconds=ended - started,
                 )

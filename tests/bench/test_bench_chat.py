@@ -12,10 +12,12 @@ from sf_mllm.bench.startup import measure_startup
 from sf_mllm.bench.stopwatch import ProcessTimes, time_process
 from sf_mllm.bench.timing import Spread
 from sf_mllm.errors import InputError
+from sf_mllm.inference import replay
+from tests.tape import TapeRecorder
 
 CONDITIONS = Conditions(torch.device("cpu"), Images(), repeats=2, seconds=5)
 RANDOM = "random:sparseformer-tiny"
-SETTINGS = {"batches": [2], "precision": "float32", "new_tokens": 5, "text_tokens": 7}
+SETTINGS = {"batches": [2], "precision": "float32", "modes": ["eager"], "new_tokens": 5, "text_tokens": 7}
 
 
 def measure(*names, **changes):
@@ -39,6 +41,33 @@ def test_few_and_many_tokens_an_image_step_by_step(saved_model):
         else:
             assert row.outcome == "complete" and row.time_ms > 0 and 0 <= row.relative_error < 1e-3
             assert (row.tokens_per_s == "") == (row.step != NEXT)
+
+
+def test_recorded_answers_are_checked_and_timed(saved_model, monkeypatch):
+    recorders = []
+    monkeypatch.setattr(replay, "CudaGraphRecorder", lambda: recorders.append(TapeRecorder()) or recorders[-1])
+    with pytest.raises(InputError, match="Mode 'cuda-graphs' needs a CUDA device, got cpu; take eager"):
+        measure(str(saved_model), modes=["eager", "cuda-graphs"])
+    monkeypatch.setattr(chat, "_needs_cuda", lambda mode: False)
+    rows = measure(str(saved_model), RANDOM, "random:llava-tiny", modes=["eager", "cuda-graphs"], batches=[1, 3])
+    for (model, step, batch, mode), row in {(r.model, r.step, r.batch, r.mode): r for r in rows}.items():
+        if row.outcome == "complete":
+            assert 0 <= row.relative_error < 1e-3, (model, step, batch, mode)
+    assert len(rows) == 2 * 2 * 3 * len(STEPS)
+    assert len(recorders) == 2 * 2 * 3  # for the check and for the times, at each batch size, of each model
+    assert all(recorder.recorded >= 4 and recorder.played > 4 for recorder in recorders)
+
+
+def test_a_wrong_recording_is_not_timed(saved_model, monkeypatch):
+    class Forgetful(TapeRecorder):
+        def __call__(self, function):
+            outputs, play = super().__call__(function)
+            return outputs, lambda: play() if self.played < 4 else None
+
+    monkeypatch.setattr(replay, "CudaGraphRecorder", Forgetful)
+    monkeypatch.setattr(chat, "_needs_cuda", lambda mode: False)
+    rows = measure(str(saved_model), modes=["cuda-graphs"])
+    assert all(row.outcome.startswith("wrong: relative error") and row.time_ms == "" for row in rows)
 
 
 def test_next_token_is_what_each_further_one_adds(monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sf_mllm.bench.chat import measure_chats
-from sf_mllm.bench.choices import MODES, PRECISIONS
+from sf_mllm.bench.choices import CHAT_MODES, MODES, PRECISIONS
 from sf_mllm.bench.conditions import Conditions
 from sf_mllm.bench.encoder import measure_encoders
 from sf_mllm.bench.images import Images
@@ -60,7 +60,13 @@ def test_every_precision_and_mode():
 def test_answers():
     rows = list(
         measure_chats(
-            ["demo", "random:llava-tiny"], CONDITIONS, batches=[2], precision="bfloat16", new_tokens=8, text_tokens=8
+            ["demo", "random:llava-tiny"],
+            CONDITIONS,
+            batches=[2],
+            precision="bfloat16",
+            modes=list(CHAT_MODES),
+            new_tokens=8,
+            text_tokens=8,
         )
     )
     assert {row.outcome for row in rows} <= {"complete", "no image processor"}

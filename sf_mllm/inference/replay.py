@@ -1,0 +1,234 @@
+"""Answers from recordings: on CUDA a model's forward passes are recorded as graphs and replayed.
+
+One answer of a 7B model asks Python to start about a thousand kernels a token, which takes several times as long as the
+kernels do at batch 1. A CUDA graph starts all of them at once, but only for inputs of the shapes, and a cache at the
+address, that it was recorded with. So prompts are padded to a few lengths, and all answers share one static cache.
+`generate` of transformers stays in charge: it calls the same modules, whose forward is exchanged.
+"""
+
+import inspect
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import GenerationMixin, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache, StaticLayer
+
+from sf_mllm.errors import first_line
+
+logger = logging.getLogger(__name__)
+
+PROMPT_STEP = 64
+"""Prompts are padded to a multiple of this many tokens."""
+SHORTEST_CACHE = 512
+"""Tokens of the smallest cache; larger ones double."""
+_PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+_MAX_RECORDINGS = 64
+
+Recorder = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
+"""Takes a function of no arguments; returns what it gives, and what computes that anew, into the same memory, from what
+its inputs' memory then holds. After recording the outputs need not be there until the first replay."""
+
+
+def can_replay(model: PreTrainedModel) -> bool:
+    """Tell whether a model's answers can be recorded: a LLaVA of transformers on CUDA, without sliding windows."""
+    return model.device.type == "cuda" and has_replayable_parts(model)
+
+
+def has_replayable_parts(model: PreTrainedModel) -> bool:
+    """Tell whether a model is of transformers' LLaVA family and its language model's cache can be static throughout."""
+    parts = getattr(model, "model", None)
+    return all(hasattr(parts, name) for name in _PARTS) and _is_static(_make_cache(model, SHORTEST_CACHE))
+
+
+class Replay:
+    """Exchanges the forward of a model's parts for recordings; `prepare` makes what `generate` then takes.
+
+    Args:
+        model: one for which `has_replayable_parts`.
+        record: how to record.
+    """
+
+    def __init__(self, model: PreTrainedModel, record: Recorder | None = None) -> None:
+        self._model = model
+        parts: Any = model.model
+        record = record or CudaGraphRecorder()
+        self._forwards = [ReplayedForward(getattr(parts, name), record) for name in _PARTS]
+        names = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"  # the latter before transformers 5.24
+        self._cache: StaticCache | None = None
+        self._cache_shape = (0, 0)
+
+    def prepare(self, inputs: dict[str, Tensor], max_new_tokens: int) -> dict[str, Any]:
+        """Pad prompts on the left and give them an empty cache.
+
+        Args:
+            inputs: of `generate`, with `input_ids` [B, T] and `attention_mask`; what else is in it stays.
+            max_new_tokens: of the longest answer.
+
+        Returns:
+            Arguments of `generate`, among them `input_ids` [B, T'] with T' >= T. They are good for one call; the next
+            call of `prepare` empties the cache.
+        """
+        batch, length = inputs["input_ids"].shape
+        padding = -length % PROMPT_STEP
+        config = self._model.generation_config
+        pad = config.pad_token_id if config.pad_token_id is not None else 0  # masked, so that any will do
+        return {
+            **inputs,
+            "input_ids": nn.functional.pad(inputs["input_ids"], (padding, 0), value=pad),
+            "attention_mask": nn.functional.pad(inputs["attention_mask"], (padding, 0), value=0),
+            self._cache_name: self._empty_cache(batch, length + padding + max_new_tokens),
+            "disable_compile": True,  # transformers would compile each step, for most of a minute
+        }
+
+    def close(self) -> None:
+        """Give the model its own forwards back and forget all recordings."""
+        for forward in self._forwards:
+            forward.close()
+        self._cache, self._cache_shape = None, (0, 0)
+
+    def _empty_cache(self, batch: int, length: int) -> StaticCache:
+        capacity = SHORTEST_CACHE
+        while capacity < length:
+            capacity *= 2
+        if self._cache is None or self._cache_shape[0] != batch or self._cache_shape[1] < capacity:
+            for forward in self._forwards:  # recordings hold the old one
+                forward.forget()
+            self._cache, self._cache_shape = _make_cache(self._model, capacity), (batch, capacity)
+        else:  # What it holds stays there: it is masked. Overwriting gigabytes would take longer than the prompt.
+            layers: list[Any] = self._cache.layers
+            torch._foreach_zero_([layer.cumulative_length for layer in layers])
+        return self._cache
+
+
+class ReplayedForward:
+    """A module's forward, recorded for each kind of input: run as it is the first time, recorded the second time.
+
+    Inputs of one kind have the same structure, shapes, types and values that are no tensors. What trains, what is being
+    compiled or recorded already, and what has a cache that grows is run as it is.
+
+    Args:
+        module: its `forward` is exchanged until `close`.
+        record: how to record.
+    """
+
+    def __init__(self, module: nn.Module, record: Recorder) -> None:
+        self._module, self._forward, self._record = module, module.forward, record
+        self._recordings: OrderedDict[Any, _Recording | None] = OrderedDict()
+        self._cannot_be_recorded = False
+        module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module's own forward returns, tensors as copies that stay."""
+        leaves, structure = _flatten((args, kwargs))
+        if self._cannot_be_recorded or torch.is_grad_enabled() or torch.compiler.is_compiling() or not leaves:
+            return self._forward(*args, **kwargs)
+        kind = _kind(leaves, structure)
+        if kind is None or _is_recording():
+            return self._forward(*args, **kwargs)
+        if kind not in self._recordings:
+            self._recordings[kind] = None
+            return self._forward(*args, **kwargs)
+        recording = self._recordings[kind]
+        self._recordings.move_to_end(kind)
+        if recording is None:
+            try:
+                recording = _Recording(self._forward, leaves, structure, self._record)
+            except RuntimeError as error:  # a model that waits for the device in between, for example
+                logger.warning(
+                    "%s cannot be recorded as a CUDA graph and is run as it is: %s.",
+                    type(self._module).__name__,
+                    first_line(error),
+                )
+                self._cannot_be_recorded = True
+                return self._forward(*args, **kwargs)
+            self._recordings[kind] = recording
+            while len(self._recordings) > _MAX_RECORDINGS:
+                self._recordings.popitem(last=False)
+        return recording.replay(leaves)
+
+    def forget(self) -> None:
+        """Drop all recordings, and the caches that they hold."""
+        self._recordings.clear()
+
+    def close(self) -> None:
+        """Give the module its own forward back."""
+        self.forget()
+        del self._module.forward
+
+
+class _Recording:
+    """One recorded call with the memory of its inputs and outputs."""
+
+    def __init__(self, forward: Callable[..., Any], leaves: list[Any], structure: Any, record: Recorder) -> None:
+        self._inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(self._inputs, structure)
+        outputs, self._play = record(lambda: forward(*args, **kwargs))
+        self._outputs, self._structure = _flatten(outputs)
+
+    def replay(self, leaves: list[Any]) -> Any:
+        for own, given in zip(self._inputs, leaves, strict=True):
+            if isinstance(own, Tensor):
+                own.copy_(given)
+        self._play()
+        # Copies: all recordings use the same memory for what they compute.
+        outputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._outputs]
+        return tree_unflatten(outputs, self._structure)
+
+
+class CudaGraphRecorder:
+    """Records CUDA graphs that share their memory; they must not be replayed at the same time."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """Record a function of no arguments, see `Recorder`."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            outputs = function()
+        return outputs, graph.replay
+
+
+def _flatten(values: Any) -> tuple[list[Any], Any]:
+    return tree_flatten(values, is_leaf=lambda value: isinstance(value, Cache))
+
+
+def _kind(leaves: list[Any], structure: Any) -> Any:
+    """Return what inputs must have in common with those of a recording, or None if they cannot be recorded."""
+    kind: list[Any] = [structure]
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            kind.append((leaf.shape, leaf.dtype, leaf.device, leaf.stride()))
+        elif isinstance(leaf, Cache):
+            if not _is_static(leaf):
+                return None
+            kind.append(leaf)  # by identity: a recording holds the address
+        else:
+            kind.append((type(leaf), leaf))
+    key = tuple(kind)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _is_static(cache: Cache) -> bool:
+    """Whether all that changes in a cache is in tensors at fixed places."""
+    return isinstance(cache, StaticCache) and all(type(layer) is StaticLayer for layer in cache.layers)
+
+
+def _is_recording() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _make_cache(model: PreTrainedModel, length: int) -> StaticCache:
+    return StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)

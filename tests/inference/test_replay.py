@@ -1,0 +1,232 @@
+"""Recordings of forward passes; on a CPU they are lists of operations, replayed without the Python that made them."""
+
+import inspect
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, MistralConfig
+
+from sf_mllm.inference.replay import (
+    PROMPT_STEP,
+    SHORTEST_CACHE,
+    CudaGraphRecorder,
+    Replay,
+    ReplayedForward,
+    can_replay,
+    has_replayable_parts,
+)
+from sf_mllm.inference.session import ChatSession
+from tests.tape import TapeRecorder
+from tests.tiny_vlm import make_image, make_sf_llava
+
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
+QUESTIONS = ("What is this?", "And how many are there of them?", "Why?")
+
+
+@pytest.fixture
+def replay(model_and_processor):
+    recorder = TapeRecorder()
+    replay = Replay(model_and_processor[0], recorder)
+    yield replay, recorder
+    replay.close()
+
+
+@pytest.fixture(scope="module")
+def model_and_processor():
+    return make_sf_llava()
+
+
+def converse(model_and_processor, replay=None, image=None, **options) -> list[str]:
+    session = ChatSession(*model_and_processor, max_new_tokens=12, replay=replay, **options)
+    session.set_image(make_image(3) if image is None else image)
+    return ["".join(session.ask(question)) for question in QUESTIONS]
+
+
+def test_replayed_conversations_are_those_without(model_and_processor, replay):
+    replay, recorder = replay
+    for seed in range(3):
+        image = make_image(seed)
+        expected = converse(model_and_processor, image=image)
+        assert converse(model_and_processor, replay, image) == expected
+    assert len(set(expected)) > 1
+    assert recorder.recorded < 12 < 60 < recorder.played
+
+
+def test_prompts_of_many_lengths_share_recordings(model_and_processor, replay):
+    replay, recorder = replay
+    model, processor = model_and_processor
+    session = ChatSession(model, processor, max_new_tokens=3, replay=replay)
+    plain = ChatSession(model, processor, max_new_tokens=3)
+    for length in range(1, 30, 2):
+        question = "what " * length
+        assert "".join(session.ask(question)) == "".join(plain.ask(question))
+        assert session.statistics.prompt_tokens == plain.statistics.prompt_tokens
+        assert session.statistics.new_tokens == plain.statistics.new_tokens
+        session.clear()
+        plain.clear()
+    assert plain.statistics.prompt_tokens % PROMPT_STEP  # padded at the end at least
+    assert recorder.recorded <= 3  # two lengths of prompts, one of further tokens
+
+
+def test_a_batch_of_different_prompts(model_and_processor, replay):
+    replay, _ = replay
+    model, processor = model_and_processor
+    turns = [[{"role": "user", "content": [{"type": "text", "text": "what " * count}]}] for count in (1, 9, 4)]
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "padding": True}
+    inputs = dict(processor.apply_chat_template(turns, return_tensors="pt", **settings))
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    assert len(expected.unique(dim=0)) == 3
+    for _ in range(4):
+        with torch.inference_mode():
+            given = replay.prepare(inputs, 8)
+            answers = model.generate(**given, **options)[:, given["input_ids"].shape[1] :]
+        assert torch.equal(answers, expected)
+
+
+def test_a_longer_conversation_gets_a_larger_cache(model_and_processor, replay):
+    replay, recorder = replay
+    inputs = {name: torch.ones(1, 70, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    small = replay.prepare(inputs, 8)[CACHE]
+    assert replay.prepare(inputs, SHORTEST_CACHE - 2 * PROMPT_STEP)[CACHE] is small
+    large = replay.prepare(inputs, SHORTEST_CACHE - 2 * PROMPT_STEP + 1)[CACHE]
+    assert large is not small and large.get_max_length() == 2 * SHORTEST_CACHE
+    assert replay.prepare(inputs, 8)[CACHE] is large  # shorter ones do not take it away
+    expected = converse(model_and_processor)
+    assert converse(model_and_processor, replay) == converse(model_and_processor, replay) == expected
+    before = recorder.recorded
+    assert replay.prepare({name: values.repeat(2, 1) for name, values in inputs.items()}, 8)[CACHE] is not large
+    assert converse(model_and_processor, replay) == converse(model_and_processor, replay) == expected
+    assert recorder.recorded == 2 * before  # those that held the old cache are gone
+
+
+def test_sampled_answers_and_regions(model_and_processor, replay):
+    replay, _ = replay
+    options = {"temperature": 1.5, "seed": 7}
+    expected = converse(model_and_processor, **options)
+    assert expected != converse(model_and_processor)
+    for _ in range(3):
+        assert converse(model_and_processor, replay, **options) == expected
+    sessions = [ChatSession(*model_and_processor, replay=replay), ChatSession(*model_and_processor)]
+    for seed in range(4):
+        for session in sessions:
+            session.set_image(make_image(seed))
+        torch.testing.assert_close(sessions[0].regions(), sessions[1].regions())
+
+
+class Shift(nn.Module):
+    """Adds what it has learned, and tells how often Python has been here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.ones(3))
+        self.calls = 0
+
+    def forward(self, values: Tensor, *, factor: float = 1.0, cache: object = None) -> dict[str, object]:
+        self.calls += 1
+        return {"sum": values * factor + self.shift, "cache": cache}
+
+
+@pytest.fixture
+def shift():
+    module, recorder = Shift(), TapeRecorder()
+    return module, ReplayedForward(module, recorder), recorder
+
+
+def test_outputs_are_copies_and_python_is_left_out(shift):
+    module, _, recorder = shift
+    with torch.inference_mode():
+        outputs = [module(torch.full((2, 3), float(value)))["sum"] for value in range(6)]
+    for value, output in enumerate(outputs):
+        assert torch.equal(output, torch.full((2, 3), value + 1.0))
+    assert (module.calls, recorder.recorded, recorder.played) == (2, 1, 5)
+
+
+def test_another_shape_type_or_setting_is_another_recording(shift):
+    module, forward, recorder = shift
+    ones = torch.ones(2, 3)
+    kinds = [
+        (ones, {}),
+        (torch.ones(1, 3), {}),
+        (ones.double(), {}),
+        (ones, {"factor": 2.0}),
+        (ones.T.contiguous().T, {}),
+    ]
+    with torch.inference_mode():
+        for _ in range(3):
+            for values, settings in kinds:
+                given = module(values, **settings)["sum"]
+                assert torch.equal(given, values * settings.get("factor", 1.0) + 1) and given.dtype == values.dtype
+        assert recorder.recorded == len(kinds) == 5
+        forward.forget()
+        module(ones)
+        module(ones)
+    assert recorder.recorded == 6
+
+
+def test_what_cannot_be_replayed_is_run_as_it_is(shift):
+    module, forward, recorder = shift
+    values = torch.ones(2, 3)
+    for _ in range(3):  # gradients
+        module(values)["sum"].sum().backward()
+    assert module.shift.grad.tolist() == [6.0] * 3
+    with torch.inference_mode():
+        growing = DynamicCache()
+        for settings in ({"cache": growing}, {"cache": {1}}):  # what grows, and what cannot be told apart
+            for _ in range(3):
+                assert module(values, **settings)["cache"] == settings["cache"]
+        assert (module.calls, recorder.recorded) == (9, 0)
+        forward.close()
+        for _ in range(3):
+            module(values)
+    assert (module.calls, recorder.recorded) == (12, 0) and "forward" not in vars(module)
+
+
+def test_a_module_that_cannot_be_recorded_is_named_once_and_works(caplog):
+    def refuse(function):
+        raise RuntimeError("operation not permitted when capturing\nmore")
+
+    module = Shift()
+    ReplayedForward(module, refuse)
+    with torch.inference_mode(), caplog.at_level(logging.WARNING):
+        outputs = [module(torch.full((2, 3), float(value)))["sum"] for value in range(5)]
+    assert [output[0, 0].item() for output in outputs] == [1, 2, 3, 4, 5]
+    assert caplog.messages == [
+        "Shift cannot be recorded as a CUDA graph and is run as it is: operation not permitted when capturing."
+    ]
+
+
+def test_which_models_can_be_replayed(model_and_processor):
+    model, _ = model_and_processor
+    assert has_replayable_parts(model) and not can_replay(model)  # it is on a CPU
+    assert not has_replayable_parts(model.model.language_model)
+    text = model.config.text_config
+    try:
+        model.config.text_config = MistralConfig(sliding_window=8, num_hidden_layers=2)
+        assert not has_replayable_parts(model)
+    finally:
+        model.config.text_config = text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recorded_graphs_on_a_gpu(caplog):
+    model, processor = make_sf_llava()
+    model.cuda()
+    assert can_replay(model)
+    images = [make_image(seed) for seed in range(3)]
+    expected = [converse((model, processor), image=image) for image in images]
+    record, recorded = CudaGraphRecorder(), []
+    replay = Replay(model, lambda function: recorded.append(record(function)) or recorded[-1])
+    with caplog.at_level(logging.WARNING):
+        for image, answers in zip(images, expected, strict=True):
+            assert converse((model, processor), replay, image) == answers
+    assert len(recorded) >= 4 and not caplog.messages  # encoder, projector, prompt and further tokens
+    replay.close()
+    assert converse((model, processor), image=images[0]) == expected[0]
