@@ -68,7 +68,10 @@ def load_run_config(schema: type[ConfigT], path: str | Path, overrides: Sequence
             raise InputError(f"{origin}: bad value{key}: {first_line(error)}.") from error
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        raise InputError(f"Config file '{path}' leaves required keys without a value: {', '.join(missing)}.")
+        raise InputError(
+            f"Config file '{path}' leaves required keys without a value: {', '.join(missing)}; give them as "
+            f"{' '.join(f'{key}=...' for key in missing)}."
+        )
     result = OmegaConf.to_object(config)
     assert isinstance(result, schema)
     return result

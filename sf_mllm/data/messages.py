@@ -107,8 +107,12 @@ def parse_conversation(row: Any, *, number: int, image_root: Path) -> Conversati
     roles = [message.role for message in messages]
     spoken = roles[1:] if roles[0] == "system" else roles
     if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
-        pair = "human, gpt and end with gpt" if form == "conversations" else "user, assistant and end with assistant"
-        raise InputError(f"turns must alternate {pair}, but they are {', '.join(roles)}")
+        names = {"user": "human", "assistant": "gpt"} if form == "conversations" else {}
+        first, second = names.get("user", "user"), names.get("assistant", "assistant")
+        raise InputError(
+            f"turns must alternate {first}, {second} and end with {second}, but they are "
+            f"{', '.join(names.get(role, role) for role in roles)}"
+        )
 
     images = _collect_images(row, inside)
     placeholders = sum(message.text.count(IMAGE_TOKEN) for message in messages)

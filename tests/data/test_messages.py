@@ -75,7 +75,10 @@ def test_the_same_row_in_other_forms(same):
         (row(conversations="hello"), "non-empty list of turns"),
         ({"id": 1}, "non-empty list of turns"),
         (row() | chat("a", "b"), "either 'conversations' or 'messages'"),
-        (row(conversations=turns("<image>", "a", "b")), "must alternate human, gpt and end with gpt"),
+        (
+            row(conversations=turns("<image>", "a", "b")),
+            "must alternate human, gpt and end with gpt, but they are human, gpt, human",
+        ),
         (row(conversations=turns("a", "<image>", speakers=("gpt", "human"))), "must alternate"),
         (row(conversations=[{"from": "system", "value": "x"}]), "must alternate"),
         (row(conversations=[{"from": "robot", "value": "x"}]), "turn 0 needs 'from'"),

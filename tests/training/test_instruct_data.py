@@ -126,7 +126,7 @@ def test_unusable_rows_are_refused_or_dropped_and_listed(tmp_path, write, proces
         "2 of 10 conversations cannot be trained on (1 malformed, 1 missing image); mend or remove them, check "
         f"data.image_root, or leave them out with data.drop_unusable=true: row 1 of '{path}': its image "
         f"'{tmp_path}/gone.png' does not exist; "
-        f"row 2 of '{path}': turns must alternate human, gpt and end with gpt, but they are user."
+        f"row 2 of '{path}': turns must alternate human, gpt and end with gpt, but they are human."
     )
 
     (training, held_out, counts), run = prepare(tmp_path, processor, path, drop_unusable=True)
@@ -258,5 +258,8 @@ def test_the_configuration_refuses_them_at_once(tmp_path):
         open_run(tmp_path, [{"conversations": "a.json", "weight": -1}])
     with pytest.raises(InputError, match=r"data\.held_out must be at least 1, got 0"):
         open_run(tmp_path, "a.json", held_out=0)
-    with pytest.raises(InputError, match=r"leaves required keys without a value: data\.conversations"):
+    with pytest.raises(
+        InputError,
+        match=r"leaves required keys without a value: data\.conversations; give them as data\.conversations=\.\.\.",
+    ):
         open_run(tmp_path, "???")
