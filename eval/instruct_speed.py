@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
         for model in options.model:
             for micro_batch in options.micro_batch:
                 row = {

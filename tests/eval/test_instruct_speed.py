@@ -26,7 +26,8 @@ def read_rows(folder):
 
 
 def test_few_and_many_tokens_an_image_on_the_same_texts(tmp_path):
-    assert main([*REHEARSAL, "--model", "sparseformer", "patches", "--rows", str(tmp_path)]) == 0
+    work = ["--work", str(tmp_path / "work")]  # made, too
+    assert main([*REHEARSAL, "--model", "sparseformer", "patches", "--rows", str(tmp_path), *work]) == 0
     few, many = read_rows(tmp_path)
     assert (few["visual_tokens"], many["visual_tokens"]) == ("4", "36")
     for row in (few, many):
