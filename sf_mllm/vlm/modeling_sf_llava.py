@@ -69,15 +69,18 @@ class SFLlavaModel(LlavaModel):
         Raises:
             ValueError: the text holds another number of image tokens than the images give.
         """
-        if input_ids is not None and not torch.compiler.is_compiling():
-            placeholders = int((input_ids == self.config.image_token_id).sum())
+        if input_ids is None:  # which LLaVA takes, but for its annotation
+            return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)  # type: ignore[arg-type]
+        mask: Tensor = input_ids == self.config.image_token_id
+        if not torch.compiler.is_compiling():
+            placeholders = int(mask.sum())  # waits for the device, once
             features, per_image = len(image_features), self.vision_tower.config.num_tokens
             if placeholders != features:
                 raise ValueError(
                     f"{features // per_image} images give {features} features but the text holds {placeholders} image "
                     f"tokens; one image needs {per_image}, check the processor's tokens per image."
                 )
-        return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)
+        return mask[..., None]
 
     def forward(
         self,
