@@ -51,20 +51,13 @@ def question_table() -> str:
 
 
 def zero_shot_table() -> str:
-    """Zero-shot tasks: teacher, and encoder beside the teacher it was made from, the one that was measured with it."""
-    table = read_rows("zero_shot")
-    encoders = {row["task"]: row for row in table if row["encoder"] == "demo:sf_llava"}
-    teachers = {(row["task"], row["revision"]): row for row in table if row["encoder"] == "its own"}
-    latest = {row["task"]: row for row in teachers.values() if row["clip"] == "demo:clip"}
-    lines = [
-        "| task | chance | teacher, 197 tokens | encoder, 49 tokens | its own teacher, 197 tokens |",
-        "|---|---|---|---|---|",
-    ]
+    """Zero-shot tasks: teacher, and the encoder in its place."""
+    rows = {(row["encoder"], row["task"]): row for row in read_rows("zero_shot") if row["clip"] == "demo:clip"}
+    lines = ["| task | chance | teacher, 197 tokens | encoder, 49 tokens |", "|---|---|---|---|"]
     for task, name in TASK_NAMES.items():
-        encoder = encoders[task]
-        shares = (latest[task]["chance"], latest[task]["accuracy"], encoder["accuracy"])
-        figures = " | ".join(map(_percent, (*shares, teachers[task, encoder["revision"]]["accuracy"])))
-        lines.append(f"| {name} | {figures} |")
+        teacher, encoder = rows["its own", task], rows["demo:sf_llava", task]
+        shares = (teacher["chance"], teacher["accuracy"], encoder["accuracy"])
+        lines.append(f"| {name} | " + " | ".join(map(_percent, shares)) + " |")
     return "\n".join(lines)
 
 
@@ -83,7 +76,8 @@ def precision_table() -> str:
                 float(rows[model, mode, field]["relative_error"])
                 for field in ("pooler_output", "last_hidden_state", "rois")
             )
-            lines.append(f"| {name} | {mode} | " + " | ".join(f"{100 * error:.2g} %" for error in errors) + " |")
+            place = ", on a CPU" if rows[model, mode, "rois"]["device"].startswith("CPU") else ""
+            lines.append(f"| {name}{place} | {mode} | " + " | ".join(f"{100 * error:.2g} %" for error in errors) + " |")
     return "\n".join(lines)
 
 

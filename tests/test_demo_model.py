@@ -66,12 +66,12 @@ def test_auto_classes_give_our_types_and_the_encoder_comes_out(model_and_process
     assert encoder.config.num_tokens == processor.image_seq_length
 
 
-def test_answers_are_clearly_better_than_the_majority_answers(model_and_processor):
+def test_answers_are_right(model_and_processor):
     asked = [item for item in held_out_questions(400) if item.question.type in ASKED][:60]
     results = {result.type: result for result in score(asked, answer_from_images(*model_and_processor, asked, 20))}
     assert results.keys() == {*ASKED, "mean"}
     assert results["mean"].samples == 60
-    assert results["mean"].accuracy >= results["mean"].majority + 0.15
+    assert results["mean"].accuracy >= 0.9
 
 
 def test_a_batch_equals_single_rows(model_and_processor, example):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes a demo model as it ships with the project: teacher, decoder, encoder, chat model. One GPU; eval/results/demo_training.csv
-# says how long each part took. Of what ships, the chat model was made by an earlier version, see its card.
+# says how long each part took.
 #
 #   bash scripts/demo/make_demo_model.sh OUT
 #
