@@ -27,7 +27,7 @@ PROMPT_STEP = 64
 SHORTEST_CACHE = 512
 """Tokens of the smallest cache; larger ones double."""
 _PARTS = ("vision_tower", "multi_modal_projector", "language_model")
-_MAX_RECORDINGS = 64
+_MAX_RECORDINGS = 64  # of one module; the one that was not used for longest makes room
 
 Recorder = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 """Takes a function of no arguments; returns what it gives, and what computes that anew, into the same memory, from what
@@ -133,6 +133,8 @@ class ReplayedForward:
             return self._forward(*args, **kwargs)
         if kind not in self._recordings:
             self._recordings[kind] = None
+            if len(self._recordings) > _MAX_RECORDINGS:
+                self._recordings.popitem(last=False)
             return self._forward(*args, **kwargs)
         recording = self._recordings[kind]
         self._recordings.move_to_end(kind)
@@ -148,8 +150,6 @@ class ReplayedForward:
                 self._cannot_be_recorded = True
                 return self._forward(*args, **kwargs)
             self._recordings[kind] = recording
-            while len(self._recordings) > _MAX_RECORDINGS:
-                self._recordings.popitem(last=False)
         return recording.replay(leaves)
 
     def forget(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, MistralConfig
 
+from sf_mllm.inference import replay as replay_module
 from sf_mllm.inference.replay import (
     PROMPT_STEP,
     SHORTEST_CACHE,
@@ -72,6 +73,31 @@ def test_prompts_of_many_lengths_share_recordings(model_and_processor, replay):
         plain.clear()
     assert plain.statistics.prompt_tokens % PROMPT_STEP  # padded at the end at least
     assert recorder.recorded <= 3  # two lengths of prompts, one of further tokens
+
+
+def test_a_prompt_that_needs_no_padding(model_and_processor, replay):
+    replay, _ = replay
+    plain = ChatSession(*model_and_processor, max_new_tokens=6)
+    session = ChatSession(*model_and_processor, max_new_tokens=6, replay=replay)
+    for length in range(1, 99):
+        question = "a" * length
+        expected = "".join(plain.ask(question))
+        plain.clear()
+        if plain.statistics.prompt_tokens % PROMPT_STEP == 0:
+            break
+    assert plain.statistics.prompt_tokens % PROMPT_STEP == 0
+    for _ in range(3):
+        assert "".join(session.ask(question)) == expected
+        session.clear()
+
+
+def test_the_recording_that_was_not_used_for_longest_makes_room(shift, monkeypatch):
+    module, _, recorder = shift
+    monkeypatch.setattr(replay_module, "_MAX_RECORDINGS", 2)
+    with torch.inference_mode():
+        for length in (1, 1, 2, 2, 1, 3, 3, 1, 2):  # 3 takes the place of 2
+            module(torch.ones(length, 3))
+    assert (recorder.recorded, recorder.played) == (3, 5)
 
 
 def test_a_batch_of_different_prompts(model_and_processor, replay):
