@@ -74,7 +74,7 @@ def test_an_encoder_of_ours_has_the_same_tokens_at_any_size(encoder_directory):
 def test_the_shipped_encoder_and_its_teacher():
     ours, teacher = find_tower("demo")(None), find_tower("demo:clip")(ImageSize(96, 64))
     assert (ours.weights, teacher.weights) == ("demo:sf_llava", "demo:clip")
-    assert ours.size == (224, 224) and tokens(ours).shape == (2, 49, 192)
+    assert ours.size == (224, 224) and tokens(ours).shape == (2, 49, 256)
     assert tokens(teacher).shape == (2, 6 * 4, 256)
     assert ours.mean == teacher.mean == CLIP_MEAN
 
@@ -82,7 +82,7 @@ def test_the_shipped_encoder_and_its_teacher():
 def test_sampling_of_an_encoder_of_ours_is_set_for_what_is_timed_only():
     tower = find_tower("demo@triton")(None)
     assert tower.sampling == "triton" and tower.weights == "demo:sf_llava"
-    assert tokens(tower).shape == (2, 49, 192)  # on a CPU, which the kernel would refuse
+    assert tokens(tower).shape == (2, 49, 256)  # on a CPU, which the kernel would refuse
     variant = prepare_variant(tower.module, "float32", "eager", torch.device("cpu"), tower.sampling)
     with pytest.raises(InputError, match="'triton' needs a CUDA device"), torch.inference_mode():
         variant(torch.randn(1, 3, 64, 64))

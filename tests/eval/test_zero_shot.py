@@ -138,7 +138,7 @@ def test_sparseformer_takes_the_place_of_the_image_tower(clip_directory, tmp_pat
 def test_an_encoder_of_another_teacher_is_refused(clip_directory, capsys):
     assert main(["--clip", str(clip_directory), "--encoder", "demo:sf_llava", "--samples", "2"]) == 2
     error = capsys.readouterr().err
-    assert "have 256 numbers" in error and "give the CLIP that the encoder was made from" in error
+    assert "have 512 numbers" in error and "give the CLIP that the encoder was made from" in error
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys):
