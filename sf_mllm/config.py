@@ -70,7 +70,7 @@ def load_run_config(schema: type[ConfigT], path: str | Path, overrides: Sequence
     if missing:
         raise InputError(
             f"Config file '{path}' leaves required keys without a value: {', '.join(missing)}; give them as "
-            f"{' '.join(f'{key}=...' for key in missing)}."
+            f"{' '.join(f'{key}=VALUE' for key in missing)}."
         )
     result = OmegaConf.to_object(config)
     assert isinstance(result, schema)

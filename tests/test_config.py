@@ -118,7 +118,7 @@ def test_bad_override(write, override, expected):
 def test_missing_file_directory_and_value(write, tmp_path):
     assert "does not exist" in refusal(Run, tmp_path / "nothing.yaml")
     assert "does not exist" in refusal(Run, tmp_path)
-    assert "without a value: path; give them as path=..." in refusal(Required, write(""))
+    assert "without a value: path; give them as path=VALUE" in refusal(Required, write(""))
     assert load_run_config(Required, write(""), ["path=x"]).path == "x"
 
 

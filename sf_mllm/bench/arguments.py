@@ -178,7 +178,8 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
         "--mode",
         nargs="+",
         choices=CHAT_MODES,
-        help="; ".join(f"{name}: {text}" for name, text in CHAT_MODES.items()) + " (default: as the chat runs here)",
+        default=["eager"],
+        help="; ".join(f"{name}: {text}" for name, text in CHAT_MODES.items()) + " (default: eager)",
     )
     parser.add_argument("--new-tokens", type=_whole(2), default=32, metavar="N", help="of an answer (default: 32)")
     parser.add_argument("--prompt", metavar="TEXT", help="question to ask (default: a short one)")

@@ -23,7 +23,7 @@ from sf_mllm.bench.precision import computing_in
 from sf_mllm.bench.rows import COMPLETE, LOST_IN_NOISE, NO_PROCESSOR, Row, round_to
 from sf_mllm.bench.timing import Spread, Work, forget_peak, held_bytes, peak_gib, to_gib, wait
 from sf_mllm.errors import InputError
-from sf_mllm.inference.replay import Replay, has_replayable_parts
+from sf_mllm.inference.replay import Replay
 from sf_mllm.vlm.build import cast_weights
 
 PROTOCOL = "chat-speed-1"
@@ -174,8 +174,6 @@ def _prepare(row: Row, candidate: _Candidate, conditions: Conditions, new_tokens
     chat, device = candidate.chat, conditions.device
     assert chat is not None and isinstance(row.batch, int)
     is_recorded = row.mode == _RECORDED
-    if is_recorded and not has_replayable_parts(chat.model):
-        raise InputError("cannot be recorded: no LLaVA of transformers, or its language model has sliding windows")
     inputs = chat.make_inputs(row.batch)
     row.prompt_tokens = inputs["input_ids"].shape[1]
     row.height, row.width = inputs["pixel_values"].shape[-2:]

@@ -18,7 +18,7 @@ MODES = {
 
 CHAT_MODES = {
     "eager": "transformers as it is",
-    "cuda-graphs": "forward passes recorded as CUDA graphs, as the chat does it",
+    "cuda-graphs": "forward passes recorded as CUDA graphs, as the chat does it with --cuda-graphs",
 }
 
 COMPILE_MODES = {"compiled": "default", "cuda-graphs": "reduce-overhead"}

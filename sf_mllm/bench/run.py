@@ -88,7 +88,7 @@ def _measure_all(options: argparse.Namespace, device: torch.device) -> Iterator[
         conditions,
         batches=[1],
         precision=precision,
-        modes=[_chat_mode(device)],
+        modes=["eager"],
         new_tokens=32,
         text_tokens=64,
     )
@@ -116,7 +116,7 @@ def _measure_chat(options: argparse.Namespace, device: torch.device) -> Iterable
         _conditions(options, device),
         batches=options.batch,
         precision=options.precision or str(choose_dtype(None, device)).removeprefix("torch."),
-        modes=options.mode or [_chat_mode(device)],
+        modes=options.mode,
         new_tokens=options.new_tokens,
         text_tokens=options.text_tokens,
         question=options.prompt,
@@ -144,11 +144,6 @@ _COMMANDS = {
 
 def _conditions(options: argparse.Namespace, device: torch.device) -> Conditions:
     return Conditions(device, Images(options.images), repeats=options.repeats, seconds=options.seconds)
-
-
-def _chat_mode(device: torch.device) -> str:
-    """Return the mode in which the chat runs on a device."""
-    return "cuda-graphs" if device.type == "cuda" else "eager"
 
 
 def _is_ours(record: logging.LogRecord) -> bool:

@@ -85,6 +85,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="0: likeliest answer (default); above: sample",
     )
     parser.add_argument("--seed", metavar="N", type=_whole_number(0, MAX_SEED), help="makes sampled answers repeatable")
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="record forward passes as CUDA graphs and replay them (cuda)"
+    )
     parser.add_argument("--verbose", action="store_true", help="print device, token counts and times to stderr")
     options, unknown = parser.parse_known_args(arguments)
     if unknown:

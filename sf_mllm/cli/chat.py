@@ -46,12 +46,14 @@ def run(options: argparse.Namespace) -> int:
 
     from transformers.utils import logging as transformers_logging
 
-    from sf_mllm.inference.loading import load_model
-    from sf_mllm.inference.replay import Replay, can_replay
+    from sf_mllm.inference.loading import choose_device, load_model
+    from sf_mllm.inference.replay import Replay
     from sf_mllm.inference.session import ChatSession
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if options.cuda_graphs and (device := choose_device(options.device)).type != "cuda":
+        raise InputError(f"--cuda-graphs needs a CUDA device, got {device}; leave it out.")
     started = time.perf_counter()
     model, processor = load_model(options.model, options.device, options.dtype)
     if options.verbose:
@@ -67,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
-        replay=Replay(model) if can_replay(model) else None,
+        replay=Replay(model) if options.cuda_graphs else None,
     )
     if image is not None:
         session.set_image(image)

@@ -1,8 +1,8 @@
 """Answers from recordings: on CUDA a model's forward passes are recorded as graphs and replayed.
 
-One answer of a 7B model asks Python to start about a thousand kernels a token, which takes several times as long as the
-kernels do at batch 1. A CUDA graph starts all of them at once, but only for inputs of the shapes, and a cache at the
-address, that it was recorded with. So prompts are padded to a few lengths, and all answers share one static cache.
+For each token Python starts some twenty kernels a layer, one by one, which can take longer than the kernels do when a
+batch is small. A CUDA graph starts all of them at once, but only for inputs of the shapes, and a cache at the address,
+that it was recorded with. So prompts are padded to a few lengths, and all answers share one static cache.
 `generate` of transformers stays in charge: it calls the same modules, whose forward is exchanged.
 """
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
-from sf_mllm.errors import first_line
+from sf_mllm.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -34,28 +34,26 @@ Recorder = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 its inputs' memory then holds. After recording the outputs need not be there until the first replay."""
 
 
-def can_replay(model: PreTrainedModel) -> bool:
-    """Tell whether a model's answers can be recorded: a LLaVA of transformers on CUDA, without sliding windows."""
-    return model.device.type == "cuda" and has_replayable_parts(model)
-
-
-def has_replayable_parts(model: PreTrainedModel) -> bool:
-    """Tell whether a model is of transformers' LLaVA family and its language model's cache can be static throughout."""
-    parts = getattr(model, "model", None)
-    return all(hasattr(parts, name) for name in _PARTS) and _is_static(_make_cache(model, SHORTEST_CACHE))
-
-
 class Replay:
     """Exchanges the forward of a model's parts for recordings; `prepare` makes what `generate` then takes.
 
     Args:
-        model: one for which `has_replayable_parts`.
+        model: of transformers' LLaVA family.
         record: how to record.
+
+    Raises:
+        InputError: the model has other parts, or a cache that cannot be static throughout.
     """
 
     def __init__(self, model: PreTrainedModel, record: Recorder | None = None) -> None:
         self._model = model
-        parts: Any = model.model
+        parts: Any = getattr(model, "model", None)
+        has_parts = all(hasattr(parts, name) for name in _PARTS)
+        if not has_parts or not _is_static(_make_cache(model, SHORTEST_CACHE)):
+            raise InputError(
+                "This model's answers cannot be recorded as CUDA graphs: it is no LLaVA of transformers, or its "
+                "language model has sliding windows; take it as it is."
+            )
         record = record or CudaGraphRecorder()
         self._forwards = [ReplayedForward(getattr(parts, name), record) for name in _PARTS]
         names = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -83,7 +81,7 @@ class Replay:
             "input_ids": nn.functional.pad(inputs["input_ids"], (padding, 0), value=pad),
             "attention_mask": nn.functional.pad(inputs["attention_mask"], (padding, 0), value=0),
             self._cache_name: self._empty_cache(batch, length + padding + max_new_tokens),
-            "disable_compile": True,  # transformers would compile each step, for most of a minute
+            "disable_compile": True,  # transformers would compile the steps after the prompt
         }
 
     def close(self) -> None:

@@ -65,7 +65,7 @@ class ChatSession:
             max_new_tokens: longest answer.
             temperature: 0 takes the likeliest token each time, larger values sample.
             seed: makes sampled answers repeatable; sets torch's global generator.
-            replay: of the model; answers are the same with it, and come sooner.
+            replay: of the model, to answer from recordings.
         """
         self.model: Any = model  # `generate` and `get_image_features` are on no common base class
         self.processor: Any = processor

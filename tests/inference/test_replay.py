@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, MistralConfig
 
+from sf_mllm.errors import InputError
 from sf_mllm.inference import replay as replay_module
 from sf_mllm.inference.replay import (
     PROMPT_STEP,
@@ -15,8 +16,6 @@ from sf_mllm.inference.replay import (
     CudaGraphRecorder,
     Replay,
     ReplayedForward,
-    can_replay,
-    has_replayable_parts,
 )
 from sf_mllm.inference.session import ChatSession
 from tests.tape import TapeRecorder
@@ -228,16 +227,18 @@ def test_a_module_that_cannot_be_recorded_is_named_once_and_works(caplog):
     ]
 
 
-def test_which_models_can_be_replayed(model_and_processor):
+def test_a_model_of_other_parts_or_with_sliding_windows_is_refused(model_and_processor):
     model, _ = model_and_processor
-    assert has_replayable_parts(model) and not can_replay(model)  # it is on a CPU
-    assert not has_replayable_parts(model.model.language_model)
+    with pytest.raises(InputError, match="no LLaVA of transformers"):
+        Replay(model.model.language_model)
     text = model.config.text_config
     try:
         model.config.text_config = MistralConfig(sliding_window=8, num_hidden_layers=2)
-        assert not has_replayable_parts(model)
+        with pytest.raises(InputError, match="has sliding windows; take it as it is"):
+            Replay(model)
     finally:
         model.config.text_config = text
+    assert "forward" not in vars(model.model.vision_tower)
 
 
 @pytest.mark.gpu
@@ -245,7 +246,6 @@ def test_which_models_can_be_replayed(model_and_processor):
 def test_recorded_graphs_on_a_gpu(caplog):
     model, processor = make_sf_llava()
     model.cuda()
-    assert can_replay(model)
     images = [make_image(seed) for seed in range(3)]
     expected = [converse((model, processor), image=image) for image in images]
     record, recorded = CudaGraphRecorder(), []

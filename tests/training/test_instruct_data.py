@@ -260,6 +260,6 @@ def test_the_configuration_refuses_them_at_once(tmp_path):
         open_run(tmp_path, "a.json", held_out=0)
     with pytest.raises(
         InputError,
-        match=r"leaves required keys without a value: data\.conversations; give them as data\.conversations=\.\.\.",
+        match=r"leaves required keys without a value: data\.conversations; give them as data\.conversations=VALUE",
     ):
         open_run(tmp_path, "???")
