@@ -2,12 +2,13 @@
 
     python -m eval.bootstrap_speed --size large --rows eval/results
     python -m eval.bootstrap_speed --size base --micro-batch 256 512 --images files --teacher online
-    python -m eval.bootstrap_speed --size large --teacher store --images memory --sampling grid_sample triton
+    python -m eval.bootstrap_speed --size large --teacher store --images memory --kernels torch triton
 
-Protocol `bootstrap-speed-1`: a few optimizer steps of the shipped configuration through the project's own Trainer,
+Protocol `bootstrap-speed-2`: a few optimizer steps of the shipped configuration through the project's own Trainer,
 compiled, bf16; the first quarter of them, in which kernels are compiled, is left out. `online`: the teacher sees every
 crop; `store`: its outputs come from a teacher store. `files`: JPEG files are decoded and cut by workers; `memory`:
 finished crops lie in memory, which shows what decoding costs. Hours are for 20 epochs of 1.28 million images.
+The column `sampling` names the kernels; in rows of `bootstrap-speed-1` they only sampled.
 """
 
 import argparse
@@ -22,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from eval.bootstrap_sizes import SIZES, count_cores, draw_images, run_overrides
 from sf_mllm.errors import CommandLineParser, InputError, report_input_errors
-from sf_mllm.ops.sampling_choice import SAMPLING_NAMES
+from sf_mllm.ops.kernels import KERNEL_NAMES
 
 if TYPE_CHECKING:
     from sf_mllm.training.bootstrap.config import BootstrapConfig
 
-PROTOCOL = "bootstrap-speed-1"
+PROTOCOL = "bootstrap-speed-2"
 IMAGES_OF_A_FULL_TRAINING = 20 * 1.28e6
 FIGURES = (
     "images_per_s",
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--files", type=int, default=2048, help="JPEG files to draw (default 2048)")
     parser.add_argument("--file-size", type=int, default=400, help="side of the JPEG files in pixels (default 400)")
     parser.add_argument(
-        "--sampling", nargs="+", choices=SAMPLING_NAMES, default=[SAMPLING_NAMES[0]], help="what reads feature maps"
+        "--kernels", nargs="+", choices=KERNEL_NAMES, default=[KERNEL_NAMES[0]], help="what samples and attends"
     )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--work", type=Path, help="folder for files, store and runs (default: a temporary one)")
@@ -73,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         images = draw_images(work / "scenes", options.files, options.file_size)
-        arrangements = itertools.product(options.teacher, options.images, micro_batches, options.sampling)
-        for teacher, kept_as, micro_batch, sampling in arrangements:
+        arrangements = itertools.product(options.teacher, options.images, micro_batches, options.kernels)
+        for teacher, kept_as, micro_batch, kernels in arrangements:
             row = {
                 "protocol": PROTOCOL,
                 "size": options.size,
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "workers": count_cores(),
                 "steps": options.steps,
                 "compiled": options.compile,
-                "sampling": sampling,
+                "sampling": kernels,
             }
             overrides = run_overrides(
                 size,
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 compiled=options.compile,
             )
             overrides += [f"train.dataloader_num_workers={count_cores()}", "store.crops=1"]
-            overrides.append(f"student.sampling_implementation={sampling}")
+            overrides.append(f"student.kernels={kernels}")
             if teacher == "store":
                 overrides.append(f"store.path={work / f'store-{options.size}'}")
             row |= measure(size.path, overrides, keep_in_memory=kept_as == "memory")

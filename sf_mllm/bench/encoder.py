@@ -139,7 +139,7 @@ def _prepare(row: Row, candidate: _Candidate, conditions: Conditions) -> Work:
     forget_peak(device)
     held = held_bytes(device)
     assert isinstance(row.batch, int)
-    module = prepare_variant(tower.module, precision, row.mode, device, tower.sampling)
+    module = prepare_variant(tower.module, precision, row.mode, device, tower.kernels)
     row.weights_gib = to_gib(_count_bytes(module))
     dtype = next(module.parameters()).dtype
     pixel_values = tower.normalise(conditions.images.pixels(row.batch, tower.size)).to(device, dtype)

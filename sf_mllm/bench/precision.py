@@ -40,7 +40,7 @@ def check_support(precision: str, mode: str, device: torch.device) -> None:
 
 
 def prepare_variant(
-    module: nn.Module, precision: str, mode: str, device: torch.device, sampling: str | None = None
+    module: nn.Module, precision: str, mode: str, device: torch.device, kernels: str | None = None
 ) -> nn.Module:
     """Return a copy of a float32 module on the device, cast and compiled as asked; calls need `computing_in`.
 
@@ -49,12 +49,12 @@ def prepare_variant(
         precision: of `choices.PRECISIONS`.
         mode: of `choices.MODES`.
         device: to compute on.
-        sampling: see `Tower.sampling`.
+        kernels: see `Tower.kernels`.
     """
     variant = copy.deepcopy(module).to(device, _WEIGHTS.get(precision, torch.float32))
-    if sampling is not None:
-        assert isinstance(variant.encoder, SparseFormerModel), "other towers sample nothing"
-        variant.encoder.set_sampling_implementation(sampling)
+    if kernels is not None:
+        assert isinstance(variant.encoder, SparseFormerModel), "other towers have none"
+        variant.encoder.set_kernels(kernels)
     if mode == "eager":
         return variant
     return torch.compile(variant, dynamic=False, mode=COMPILE_MODES[mode])  # type: ignore[return-value]

@@ -24,8 +24,7 @@ class Tower:
         mean: of the channels, subtracted from pixels in 0..1.
         std: that they are divided by then.
         preprocess: from a picture to pixels [3, H, W], as the tower's library does it; None if it has no such part.
-        sampling: of an encoder of ours, what reads its feature map when it is timed; None: what it starts with, which
-            the reference always uses.
+        kernels: of an encoder of ours, those that it is timed with; None: those it starts with, as the reference does.
     """
 
     module: nn.Module
@@ -34,7 +33,7 @@ class Tower:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     preprocess: Callable[[Image.Image], Tensor] | None
-    sampling: str | None = None
+    kernels: str | None = None
 
     def __post_init__(self) -> None:
         self.module.requires_grad_(False).eval()

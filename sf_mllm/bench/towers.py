@@ -10,7 +10,7 @@ from sf_mllm.bench.library_towers import find_hf_tower, find_open_clip_tower, fi
 from sf_mllm.bench.our_towers import find_encoder_directory, find_published_encoder
 from sf_mllm.bench.tower import TowerLoader
 from sf_mllm.errors import InputError, nearest
-from sf_mllm.ops.sampling_choice import SAMPLING_NAMES, load_sampling
+from sf_mllm.ops.kernels import KERNEL_NAMES, load_kernels
 
 _OURS = ("demo", f"{DEMO_PREFIX}sf_llava")
 _SCHEMES: dict[str, Callable[[str], TowerLoader]] = {
@@ -30,15 +30,15 @@ def find_tower(name: str) -> TowerLoader:
     Raises:
         InputError: there is no such tower.
     """
-    tower, at, sampling = name.rpartition("@")
-    if at and sampling in SAMPLING_NAMES:
+    tower, at, kernels = name.rpartition("@")
+    if at and kernels in KERNEL_NAMES:
         if tower not in _OURS and not tower.startswith("sparseformer:") and not Path(tower).expanduser().is_dir():
             raise InputError(
-                f"Tower '{name}' is no encoder of ours, whose sampling '@{sampling}' would set; leave it out."
+                f"Tower '{name}' is no encoder of ours, whose kernels '@{kernels}' would set; leave it out."
             )
-        load_sampling(sampling)
+        load_kernels(kernels)
         loader = find_tower(tower)
-        return lambda size: replace(loader(size), sampling=sampling)
+        return lambda size: replace(loader(size), kernels=kernels)
     if name in _OURS:
         return find_encoder_directory(f"{DEMO_PREFIX}sf_llava")
     if name == f"{DEMO_PREFIX}clip":

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sf_mllm.ops.attention import attend
+from sf_mllm.ops.implementations import REFERENCE
 
 
 def drop_path(branch: Tensor, probability: float, training: bool) -> Tensor:
@@ -23,19 +25,22 @@ def drop_path(branch: Tensor, probability: float, training: bool) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with packed projections, rows [q; k; v] and contiguous heads, as in ViTs."""
+    """Multi-head self-attention with packed projections, rows [q; k; v] and contiguous heads, as in ViTs.
+
+    Attributes:
+        kernels: see `SparseFormerModel.set_kernels`.
+    """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
+        self.kernels = REFERENCE
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Mix tokens [B, T, D] -> [B, T, D]."""
-        query, key, value = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)  # [B, heads, T, D / heads]
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+        return self.proj(attend(self.qkv(tokens), self.num_heads, self.kernels))
 
 
 class MLP(nn.Module):

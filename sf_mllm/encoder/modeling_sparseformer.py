@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from sf_mllm.encoder.attention_pool import AttentionPool
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
-from sf_mllm.encoder.cortex import CortexBlock
+from sf_mllm.encoder.cortex import Attention, CortexBlock
 from sf_mllm.encoder.focusing import FocusingStage, drop_path_rates
 from sf_mllm.encoder.focusing_v1 import FocusingStageV1
 from sf_mllm.encoder.layers import MatrixGenerator, UnitLayerNorm, ZeroStartLinear
@@ -172,23 +172,23 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
             return normed[:, first_latent:].mean(dim=1)
         return self.norm(tokens[:, first_latent:].mean(dim=1))
 
-    def set_sampling_implementation(self, name: str) -> None:
-        """Choose what reads the feature map at sampling points; results differ in rounding only.
+    def set_kernels(self, name: str) -> None:
+        """Choose what reads the feature map at sampling points and what attends; results differ in rounding only.
 
         Args:
-            name: "grid_sample", PyTorch's own operation, where a model starts; or "triton", a kernel for CUDA devices.
-                It does not go into saved files.
+            name: "torch", PyTorch's own operations, where a model starts; or "triton", kernels for CUDA devices. It
+                does not go into saved files.
 
         Raises:
             InputError: there is no such implementation, or it cannot be had here.
         """
         # Imported where it is used: a model that stands without this package has the reference only.
-        from sf_mllm.ops.sampling_choice import load_sampling
+        from sf_mllm.ops.kernels import load_kernels
 
-        load_sampling(name)
+        load_kernels(name)
         for module in self.modules():
-            if isinstance(module, RoiSampler):
-                module.sampling_implementation = name
+            if isinstance(module, RoiSampler | Attention):
+                module.kernels = name
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """Return None: there is no embedding of inputs, and activation checkpointing must not hook the stem."""

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from sf_mllm.encoder.layers import UnitLayerNorm, ZeroStartLinear
+from sf_mllm.ops.implementations import REFERENCE
 from sf_mllm.ops.roi import points_in_rois
-from sf_mllm.ops.sampling import DEFAULT_SAMPLING, sample_points
+from sf_mllm.ops.sampling import sample_points
 
 
 def predict_in_fp32(tokens: Tensor, weight: Tensor) -> Tensor:
@@ -34,12 +35,12 @@ class RoiSampler(nn.Module):
         padding_mode: what a point outside the image reads.
 
     Attributes:
-        sampling_implementation: see `SparseFormerModel.set_sampling_implementation`.
+        kernels: see `SparseFormerModel.set_kernels`.
     """
 
     def __init__(self, width: int, num_points: int, eps: float, padding_mode: str) -> None:
         super().__init__()
-        self.sampling_implementation = DEFAULT_SAMPLING
+        self.kernels = REFERENCE
         self.norm = UnitLayerNorm(width, eps=eps)
         self.offsets = ZeroStartLinear(width, 2 * num_points)
         self.shared_offsets = nn.Parameter(torch.zeros(num_points, 2))
@@ -58,9 +59,7 @@ class RoiSampler(nn.Module):
         """
         offsets = predict_in_fp32(self.norm(latents), self.offsets.weight).unflatten(-1, (-1, 2))
         points = points_in_rois(rois, offsets + self.shared_offsets.float())
-        sampled = sample_points(
-            features, points, padding_mode=self.padding_mode, implementation=self.sampling_implementation
-        )
+        sampled = sample_points(features, points, padding_mode=self.padding_mode, implementation=self.kernels)
         return sampled, points
 
     def reset_parameters(self) -> None:

@@ -18,6 +18,8 @@ class Stem(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to features [B, C, ceil(H/4), ceil(W/4)]."""
+        if pixel_values.is_cuda:  # whole pixels in memory: fastest for the convolution, and for what samples the result
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         features = F.max_pool2d(F.relu(self.conv(pixel_values)), kernel_size=3, stride=2, padding=1)
         return normalise_channels(features)
 

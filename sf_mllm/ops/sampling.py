@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-DEFAULT_SAMPLING = "grid_sample"
+from sf_mllm.ops.implementations import REFERENCE
 
 
 def sample_points(
-    feature_map: Tensor, points_rel: Tensor, *, padding_mode: str, implementation: str = DEFAULT_SAMPLING
+    feature_map: Tensor, points_rel: Tensor, *, padding_mode: str, implementation: str = REFERENCE
 ) -> Tensor:
     """Read bilinear features at continuous points.
 
@@ -51,8 +51,6 @@ def _sample_by_grid_sample(feature_map: Tensor, points: Tensor, padding_mode: st
     return sampled.permute(0, 2, 3, 1).to(feature_map.dtype)
 
 
-SAMPLING_IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {
-    DEFAULT_SAMPLING: _sample_by_grid_sample
-}
-"""Functions of the feature map [B, C, H, W], the points [B, N, P, 2], fp32, and the padding mode; by name. Modules that
-`sf_mllm.ops.sampling_choice` knows add theirs."""
+SAMPLING_IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, str], Tensor]] = {REFERENCE: _sample_by_grid_sample}
+"""Functions of the feature map [B, C, H, W], the points [B, N, P, 2], fp32, and the padding mode; by name.
+`sf_mllm.ops.kernels` loads further ones."""

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sf_mllm.errors import InputError
+from sf_mllm.ops.kernels import require_cuda
 from sf_mllm.ops.sampling import SAMPLING_IMPLEMENTATIONS
 
 _BLOCK_POINTS = 16
@@ -199,11 +199,7 @@ def _block_channels(channels: int) -> int:
 
 
 def _sample_by_triton(feature_map: Tensor, points: Tensor, padding_mode: str) -> Tensor:
-    if not feature_map.is_cuda and isinstance(_forward_kernel, triton.JITFunction):  # else Triton interprets it
-        raise InputError(
-            f"Sampling implementation 'triton' needs a CUDA device, but the model is on '{feature_map.device}'; use "
-            "'grid_sample' there."
-        )
+    require_cuda(feature_map, is_interpreted=not isinstance(_forward_kernel, triton.JITFunction))
     return _sample(feature_map, points, padding_mode == "border")
 
 

@@ -79,12 +79,12 @@ def test_the_shipped_encoder_and_its_teacher():
     assert ours.mean == teacher.mean == CLIP_MEAN
 
 
-def test_sampling_of_an_encoder_of_ours_is_set_for_what_is_timed_only():
+def test_kernels_of_an_encoder_of_ours_are_set_for_what_is_timed_only():
     tower = find_tower("demo@triton")(None)
-    assert tower.sampling == "triton" and tower.weights == "demo:sf_llava"
+    assert tower.kernels == "triton" and tower.weights == "demo:sf_llava"
     assert tokens(tower).shape == (2, 49, 256)  # on a CPU, which the kernel would refuse
-    variant = prepare_variant(tower.module, "float32", "eager", torch.device("cpu"), tower.sampling)
-    with pytest.raises(InputError, match="'triton' needs a CUDA device"), torch.inference_mode():
+    variant = prepare_variant(tower.module, "float32", "eager", torch.device("cpu"), tower.kernels)
+    with pytest.raises(InputError, match="'triton' need a CUDA device"), torch.inference_mode():
         variant(torch.randn(1, 3, 64, 64))
     with pytest.raises(InputError, match="no encoder of ours"):
         find_tower("open_clip:ViT-B-16@triton")

@@ -38,7 +38,7 @@ def test_the_teacher_online_and_from_a_store(tmp_path):
         assert float(row["hours_20_epochs"]) == pytest.approx(25.6e6 / float(row["images_per_s"]) / 3600, rel=1e-2)
         assert float(row["images_per_s"]) == pytest.approx(2e3 / float(row["step_ms"]), rel=1e-2)
         assert sum(float(row[name]) for name in FIGURES if name.endswith("_share")) == pytest.approx(1, abs=1e-3)
-    assert {row["sampling"] for row in rows} == {"grid_sample"}
+    assert {row["sampling"] for row in rows} == {"torch"}
     assert float(rows[0]["teacher_share"]) > 0.1 > 0.02 > float(rows[2]["teacher_share"])
 
 

@@ -10,8 +10,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from sf_mllm.ops.kernels import load_kernels
 from sf_mllm.ops.sampling import sample_points
-from sf_mllm.ops.sampling_choice import load_sampling
 
 Sampler = Callable[..., Tensor]
 SIZES = [(2, 5, 7, 9), (1, 64, 1, 4), (2, 130, 3, 3), (1, 1, 12, 2)]
@@ -74,7 +74,7 @@ def compare(implementation: str, device: str, sample: Sampler = sample_points) -
 
 
 if __name__ == "__main__":
-    load_sampling("triton")
+    load_kernels("triton")
     print(f"{compare('triton', sys.argv[1])} cases agree")
     # The operation tells the compiler the truth about shapes, side effects and gradients.
     inputs = [torch.rand(shape, device=sys.argv[1], requires_grad=True) for shape in ((2, 4, 5, 6), (2, 3, 4, 2))]

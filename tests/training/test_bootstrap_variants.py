@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sf_mllm.config import load_run_config
+from sf_mllm.encoder.cortex import Attention
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel, SparseFormerOutput
 from sf_mllm.encoder.sampler import RoiSampler
 from sf_mllm.errors import InputError
@@ -87,17 +88,18 @@ def test_with_everything_accumulation_equals_a_larger_batch(run_file):
     torch.testing.assert_close(accumulated, at_once, atol=1e-6, rtol=1e-4)
 
 
-def test_sampling_by_kernels_reaches_student_and_losses(run_file):
-    config = read(run_file, "student.sampling_implementation=triton")
+def test_kernels_reach_student_and_losses(run_file):
+    config = read(run_file, "student.kernels=triton")
     trainer = make_trainer(config)
-    samplers = [module for module in trainer.model.modules() if isinstance(module, RoiSampler)]
-    assert trainer.task.sampling == "triton" and {sampler.sampling_implementation for sampler in samplers} == {"triton"}
-    with pytest.raises(InputError, match="'triton' needs a CUDA device"):  # the losses say so, too
-        average_in_rois(torch.randn(1, 2, 4, 4), torch.rand(1, 3, 4), sampling="triton")
-    with pytest.raises(InputError, match="'triton' needs a CUDA device"):
+    parts = [module for module in trainer.model.modules() if isinstance(module, RoiSampler | Attention)]
+    assert {type(part) for part in parts} == {RoiSampler, Attention}
+    assert trainer.task.kernels == "triton" and {part.kernels for part in parts} == {"triton"}
+    with pytest.raises(InputError, match="'triton' need a CUDA device"):  # the losses say so, too
+        average_in_rois(torch.randn(1, 2, 4, 4), torch.rand(1, 3, 4), kernels="triton")
+    with pytest.raises(InputError, match="'triton' need a CUDA device"):
         run_bootstrap(config)
-    with pytest.raises(InputError, match=r"'tritn' is unknown\. Did you mean 'triton'"):
-        make_trainer(read(run_file, "student.sampling_implementation=tritn"))
+    with pytest.raises(InputError, match=r"'tritn' are unknown\. Did you mean 'triton'"):
+        make_trainer(read(run_file, "student.kernels=tritn"))
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3])

@@ -57,9 +57,9 @@ class StudentConfig:
     in the paper."""
     train_head: bool = False
     """Train the final norm, the attention pool and the projection too; else they stay the teacher's."""
-    sampling_implementation: str = "grid_sample"
-    """What reads feature maps during training: "grid_sample", or "triton", a kernel for CUDA devices. It makes no other
-    student."""
+    kernels: str = "torch"
+    """What reads feature maps and attends during training: "torch", or "triton", kernels for CUDA devices. They make no
+    other student."""
 
 
 @dataclass

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sf_mllm.ops.sampling import DEFAULT_SAMPLING, sample_points
+from sf_mllm.ops.implementations import REFERENCE
+from sf_mllm.ops.sampling import sample_points
 
 _SMALLEST_SIZE = 0.02
 """In image sizes; narrower regions count as this wide, so that one place cannot belong to them alone."""
@@ -86,7 +87,7 @@ def relation_loss(latents: Tensor, targets: Tensor) -> Tensor:
 
 
 def state_loss(
-    state: Tensor, feature_map: Tensor, class_token: Tensor | None, rois: Tensor, sampling: str = DEFAULT_SAMPLING
+    state: Tensor, feature_map: Tensor, class_token: Tensor | None, rois: Tensor, kernels: str = REFERENCE
 ) -> Tensor:
     """One minus the cosine between tokens on their way through the student's blocks and the teacher's at that depth.
 
@@ -96,14 +97,14 @@ def state_loss(
             normalised: see `TeacherOutput.states`.
         class_token: [B, D], the teacher's there, normalised; needed if the student has one.
         rois: [B, N, 4], final ones, image-relative xyxy; detached.
-        sampling: implementation of `sample_points`.
+        kernels: implementation of `sample_points`.
 
     Returns:
         [B], means over latent tokens; with a class token the mean of that and of its own.
     """
     num_latents = rois.shape[1]
     state = F.layer_norm(state.float(), state.shape[-1:])
-    latents = token_loss(state[:, -num_latents:], average_in_rois(feature_map, rois, sampling=sampling))
+    latents = token_loss(state[:, -num_latents:], average_in_rois(feature_map, rois, kernels=kernels))
     if state.shape[1] == num_latents:
         return latents
     assert class_token is not None, "a student inherits its class token from a teacher that has one"
@@ -116,7 +117,7 @@ def average_in_rois(
     points_per_side: int = 4,
     *,
     weighted_by_content: bool = False,
-    sampling: str = DEFAULT_SAMPLING,
+    kernels: str = REFERENCE,
 ) -> Tensor:
     """Average a feature map over a regular grid of points inside each RoI, clamped into the image.
 
@@ -126,7 +127,7 @@ def average_in_rois(
             its region, not to move to where that is easy.
         points_per_side: the grid has this many points squared.
         weighted_by_content: points count by how far their features differ from the mean over the image.
-        sampling: implementation of `sample_points`.
+        kernels: implementation of `sample_points`.
 
     Returns:
         [B, N, D] in fp32.
@@ -137,15 +138,15 @@ def average_in_rois(
     grid = torch.cartesian_prod(steps, steps)  # [P, 2], centres of equal cells
     points = low[..., None, :] + grid * (high - low)[..., None, :]  # [B, N, P, 2]
     full = feature_map.float()
-    sampled = sample_points(full, points, padding_mode="border", implementation=sampling)  # [B, N, P, D]
+    sampled = sample_points(full, points, padding_mode="border", implementation=kernels)  # [B, N, P, D]
     if not weighted_by_content:
         return sampled.mean(dim=2)
     content = _content(full).unflatten(1, full.shape[-2:])[:, None] + 1e-6  # [B, 1, H, W]
-    weights = sample_points(content, points, padding_mode="border", implementation=sampling)  # [B, N, P, 1]
+    weights = sample_points(content, points, padding_mode="border", implementation=kernels)  # [B, N, P, 1]
     return (weights * sampled).sum(dim=2) / weights.sum(dim=2)
 
 
-def coverage_loss(feature_map: Tensor, rois: Tensor, sampling: str = DEFAULT_SAMPLING) -> Tensor:
+def coverage_loss(feature_map: Tensor, rois: Tensor, kernels: str = REFERENCE) -> Tensor:
     """How badly a feature map is put together again from the averages inside the RoIs, mostly where it has content.
 
     Each place takes a mixture of the regions around it, nearer and smaller ones first, and counts by how far it differs
@@ -155,7 +156,7 @@ def coverage_loss(feature_map: Tensor, rois: Tensor, sampling: str = DEFAULT_SAM
     Args:
         feature_map: [B, D, H, W].
         rois: [B, N, 4], image-relative xyxy.
-        sampling: implementation of `sample_points`.
+        kernels: implementation of `sample_points`.
 
     Returns:
         [B], 0 is a perfect copy, 1 as good as the mean over the image.
@@ -166,7 +167,7 @@ def coverage_loss(feature_map: Tensor, rois: Tensor, sampling: str = DEFAULT_SAM
     # A region's share in a place: a normal density whose standard deviation is a quarter of the region's size.
     distance = (_places(feature_map)[:, None] - center[:, None]) / (size[:, None] / 4)  # [B, HW, N, 2]
     closeness = -distance.square().sum(dim=-1) / 2 - size.log().sum(dim=-1)[:, None]
-    copy = closeness.softmax(dim=-1) @ average_in_rois(feature_map, rois, sampling=sampling)  # [B, HW, D]
+    copy = closeness.softmax(dim=-1) @ average_in_rois(feature_map, rois, kernels=kernels)  # [B, HW, D]
     error = (feature_map.float().flatten(2).transpose(1, 2) - copy).square().sum(dim=-1)
     content = _content(feature_map)
     return (content * error).sum(dim=1) / content.square().sum(dim=1).clamp(min=1e-6)

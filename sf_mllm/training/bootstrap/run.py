@@ -76,7 +76,7 @@ def build_trainer(
         run.update_record(store=views.store.description["content"])
     training, held_out = make_datasets(images, config, run, arguments, views)
     trainer = BootstrapTrainer(
-        task=BootstrapTask(teacher, config.loss, state_blocks, config.student.sampling_implementation),
+        task=BootstrapTask(teacher, config.loss, state_blocks, config.student.kernels),
         evaluation=prepare_evaluation(config, teacher, run.path, arguments.device),
         inherited_names=frozenset(report.copied),
         inherited_learning_rate=config.inherited_learning_rate,

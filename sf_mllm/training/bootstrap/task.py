@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sf_mllm.data.quantised_patches import dequantise
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerOutput
-from sf_mllm.ops.sampling import DEFAULT_SAMPLING
+from sf_mllm.ops.implementations import REFERENCE
 from sf_mllm.training.bootstrap.config import LossConfig
 from sf_mllm.training.bootstrap.losses import (
     attraction_loss,
@@ -35,7 +35,7 @@ class BootstrapTask:
         weights: of the losses.
         state_blocks: the teacher's blocks whose outputs `losses` compares with the student's states, in order, the last
             one for the input of the student's last block; none without a weight for it.
-        sampling: what reads the teacher's features inside regions, an implementation of `sample_points`.
+        kernels: what reads the teacher's features inside regions, an implementation of `sample_points`.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class BootstrapTask:
         teacher: Teacher,
         weights: LossConfig,
         state_blocks: Sequence[int] = (),
-        sampling: str = DEFAULT_SAMPLING,
+        kernels: str = REFERENCE,
     ) -> None:
         self.teacher = teacher
         self.weights = weights
         self.state_blocks = tuple(state_blocks)
-        self.sampling = sampling
+        self.kernels = kernels
 
     def targets(self, batch: dict[str, Tensor]) -> TeacherOutput:
         """Return what the teacher says about a batch of crops, from a store if the batch comes from one.
@@ -81,13 +81,13 @@ class BootstrapTask:
             target.feature_map,
             final_rois.detach(),
             weighted_by_content=self.weights.content_weighted_tokens,
-            sampling=self.sampling,
+            kernels=self.kernels,
         )
         losses: dict[str, Callable[[], Tensor]] = {
             "tokens": lambda: token_loss(latents, seen),
             "relations": lambda: relation_loss(latents, seen),
-            "states": lambda: _compare_states(output, target, final_rois.detach(), self.sampling),
-            "coverage": lambda: coverage_loss(target.feature_map, final_rois, self.sampling),
+            "states": lambda: _compare_states(output, target, final_rois.detach(), self.kernels),
+            "coverage": lambda: coverage_loss(target.feature_map, final_rois, self.kernels),
             "attraction": lambda: attraction_loss(target.feature_map, final_rois),
             "roi_hinge": lambda: roi_hinge_loss(rois),
             "size_hinge": lambda: size_hinge_loss(final_rois),
@@ -122,11 +122,11 @@ class BootstrapTask:
         return (pixels - mean) / std
 
 
-def _compare_states(output: SparseFormerOutput, target: TeacherOutput, rois: Tensor, sampling: str) -> Tensor:
+def _compare_states(output: SparseFormerOutput, target: TeacherOutput, rois: Tensor, kernels: str) -> Tensor:
     assert output.hidden_states is not None, "the student was not asked for its states"
     class_tokens = target.class_states or [None] * len(target.states)
     states = output.hidden_states[-1 - len(target.states) : -1]  # the last one left the cortex
-    losses = [state_loss(*inputs, rois, sampling) for inputs in zip(states, target.states, class_tokens, strict=True)]
+    losses = [state_loss(*inputs, rois, kernels) for inputs in zip(states, target.states, class_tokens, strict=True)]
     return torch.stack(losses).mean(dim=0)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels agree with PyTorch's own operation: interpreted on a CPU, compiled on a GPU."""
+"""The Triton kernels agree with PyTorch's own operations: interpreted on a CPU, compiled on a GPU."""
 
 import os
 import subprocess
@@ -11,9 +11,10 @@ import torch
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.errors import InputError
-from sf_mllm.ops.sampling import DEFAULT_SAMPLING, SAMPLING_IMPLEMENTATIONS, sample_points
-from sf_mllm.ops.sampling_choice import SAMPLING_NAMES, load_sampling
-from tests.ops.sampling_cases import compare
+from sf_mllm.ops.attention import ATTENTION_IMPLEMENTATIONS, attend
+from sf_mllm.ops.kernels import KERNEL_NAMES, load_kernels
+from sf_mllm.ops.sampling import SAMPLING_IMPLEMENTATIONS, sample_points
+from tests.ops import attention_cases, sampling_cases
 
 pytest.importorskip("triton")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -32,48 +33,50 @@ def make_model() -> SparseFormerModel:
     return SparseFormerModel(SparseFormerConfig(focusing_size=64, projection_size=16, **SMALL))
 
 
-def test_interpreted_kernels_agree_with_grid_sample() -> None:
+@pytest.mark.parametrize(("cases", "count"), [("sampling_cases", 72), ("attention_cases", 14)])
+def test_interpreted_kernels_agree_with_pytorch(cases: str, count: int) -> None:
     root = Path(__file__).parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
-    script = [sys.executable, str(root / "tests" / "ops" / "sampling_cases.py"), "cpu"]
+    script = [sys.executable, str(root / "tests" / "ops" / f"{cases}.py"), "cpu"]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "72 cases agree" in done.stdout and "72 traced cases agree" in done.stdout
+    assert f"{count} cases agree" in done.stdout and f"{count} traced cases agree" in done.stdout
 
 
 def test_a_cpu_is_refused_in_plain_words() -> None:
     model = make_model()
-    model.set_sampling_implementation("triton")
-    with pytest.raises(InputError, match="'triton' needs a CUDA device, but the model is on 'cpu'; use 'grid_sample'"):
+    model.set_kernels("triton")
+    with pytest.raises(InputError, match="'triton' need a CUDA device, but the model is on 'cpu'; use 'torch'"):
         model(torch.zeros(1, 3, 64, 64))
-    model.set_sampling_implementation("grid_sample")
+    model.set_kernels("torch")
     model(torch.zeros(1, 3, 64, 64))
 
 
 def test_all_names_can_be_loaded() -> None:
-    assert SAMPLING_NAMES[0] == DEFAULT_SAMPLING
-    for name in SAMPLING_NAMES:
-        load_sampling(name)
-    assert SAMPLING_IMPLEMENTATIONS.keys() == set(SAMPLING_NAMES)
+    for name in KERNEL_NAMES:
+        load_kernels(name)
+    assert SAMPLING_IMPLEMENTATIONS.keys() == ATTENTION_IMPLEMENTATIONS.keys() == set(KERNEL_NAMES)
 
 
 def test_a_wrong_name_is_refused() -> None:
-    with pytest.raises(InputError, match=r"'tritn' is unknown\. Did you mean 'triton'"):
-        make_model().set_sampling_implementation("tritn")
+    with pytest.raises(InputError, match=r"'tritn' are unknown\. Did you mean 'triton'"):
+        make_model().set_kernels("tritn")
 
 
 @pytest.mark.gpu
 @on_gpu
-def test_kernels_agree_with_grid_sample_on_a_gpu() -> None:
-    load_sampling("triton")
-    assert compare("triton", "cuda") == 72
+def test_kernels_agree_with_pytorch_on_a_gpu() -> None:
+    load_kernels("triton")
+    assert sampling_cases.compare("triton", "cuda") == 72
+    assert attention_cases.compare("triton", "cuda") == 21
 
 
 @pytest.mark.gpu
 @on_gpu
 def test_compiled_with_kernels_equals_eager_without() -> None:
-    load_sampling("triton")
-    assert compare("triton", "cuda", torch.compile(sample_points, fullgraph=True)) == 72
+    load_kernels("triton")
+    assert sampling_cases.compare("triton", "cuda", torch.compile(sample_points, fullgraph=True)) == 72
+    assert attention_cases.compare("triton", "cuda", torch.compile(attend, fullgraph=True)) == 21
     model, images = make_model().cuda(), torch.randn(4, 3, 64, 64, device="cuda")
     expected = model(images).pooler_output
     expected.square().mean().backward()
@@ -81,7 +84,7 @@ def test_compiled_with_kernels_equals_eager_without() -> None:
         name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
     }
     model.zero_grad()
-    model.set_sampling_implementation("triton")
+    model.set_kernels("triton")
     compiled = torch.compile(model, fullgraph=True)
     output = compiled(images).pooler_output
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)

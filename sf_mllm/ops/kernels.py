@@ -1,0 +1,50 @@
+"""Which implementations of an encoder's own operations there are, and how they are made ready."""
+
+from importlib import import_module
+
+from torch import Tensor
+
+from sf_mllm.errors import InputError, nearest
+from sf_mllm.ops.implementations import REFERENCE
+
+_MODULES = {"triton": ("sf_mllm.ops.sampling_triton", "sf_mllm.ops.attention_triton")}
+"""Modules that add an implementation when they are imported, by its name."""
+
+KERNEL_NAMES = (REFERENCE, *_MODULES)
+"""The first one is where a model starts."""
+
+
+def load_kernels(name: str) -> None:
+    """Make an implementation of each operation known: sampling and attention.
+
+    Raises:
+        InputError: there is none of that name, or what it needs is not installed.
+    """
+    if name not in KERNEL_NAMES:
+        raise InputError(
+            f"Kernels '{name}' are unknown.{nearest(name, KERNEL_NAMES)} Allowed: {', '.join(KERNEL_NAMES)}."
+        )
+    for module in _MODULES.get(name, ()):
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise InputError(
+                f"The kernels '{name}' cannot be loaded ({error}); PyTorch for CUDA brings what they need. "
+                f"Use '{REFERENCE}' here."
+            ) from error
+
+
+def require_cuda(tensor: Tensor, *, is_interpreted: bool) -> None:
+    """Refuse a tensor that Triton's kernels cannot read.
+
+    Args:
+        tensor: of the model.
+        is_interpreted: Triton runs its kernels in Python, on any device (TRITON_INTERPRET=1).
+
+    Raises:
+        InputError: it is not on a CUDA device.
+    """
+    if not tensor.is_cuda and not is_interpreted:
+        raise InputError(
+            f"The kernels 'triton' need a CUDA device, but the model is on '{tensor.device}'; use '{REFERENCE}' there."
+        )
