@@ -87,6 +87,10 @@ def _backward_kernel(
     tl.store(packed_grad + place + HEADS * WIDTH, key_grad.to(packed_grad.dtype.element_ty), mask=mask)
 
 
+_IS_INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
+"""A constant, since the compiler of PyTorch cannot ask what a kernel is."""
+
+
 @torch.library.custom_op("sf_mllm::attend", mutates_args=())
 def _attend(packed: Tensor, num_heads: int) -> Tensor:
     """[B, T, 3 * D] -> [B, T, D]."""
@@ -151,7 +155,7 @@ def _shape_of_programs(num_tokens: int, num_heads: int, width: int) -> tuple[dic
 
 
 def _attend_by_triton(packed: Tensor, num_heads: int) -> Tensor:
-    require_cuda(packed, is_interpreted=not isinstance(_forward_kernel, triton.JITFunction))
+    require_cuda(packed, is_interpreted=_IS_INTERPRETED)
     too_many = packed.shape[1] > LARGEST_NUM_TOKENS or packed.shape[2] > 3 * num_heads * LARGEST_HEAD_WIDTH
     if too_many or packed.dtype == torch.float64:
         return ATTENTION_IMPLEMENTATIONS[REFERENCE](packed, num_heads)

@@ -125,6 +125,10 @@ def _backward_kernel(
     tl.store(points_grad + 2 * index + 1, tl.where(y_moves, y_grad * height, 0.0), mask=is_point)
 
 
+_IS_INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
+"""A constant, since the compiler of PyTorch cannot ask what a kernel is."""
+
+
 @torch.library.custom_op("sf_mllm::sample_points", mutates_args=())
 def _sample(feature_map: Tensor, points: Tensor, border: bool) -> Tensor:
     """[B, C, H, W] and [B, N, P, 2], fp32 -> [B, N, P, C] in the dtype of the feature map."""
@@ -199,7 +203,7 @@ def _block_channels(channels: int) -> int:
 
 
 def _sample_by_triton(feature_map: Tensor, points: Tensor, padding_mode: str) -> Tensor:
-    require_cuda(feature_map, is_interpreted=not isinstance(_forward_kernel, triton.JITFunction))
+    require_cuda(feature_map, is_interpreted=_IS_INTERPRETED)
     return _sample(feature_map, points, padding_mode == "border")
 
 

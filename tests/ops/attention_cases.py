@@ -49,8 +49,8 @@ def compare(implementation: str, device: str, attend_with: Attend = attend) -> i
                     a.double() / scale, b / scale, atol=tolerance, rtol=tolerance, msg=lambda m, n=note: n + m
                 )
         count += 1
-    empty = attend_with(packed[:0], heads, implementation)
-    assert empty.shape == (0, tokens, heads * width)
+    empty = attend_with(packed[:0, :5], heads, implementation)
+    assert empty.shape == (0, 5, heads * width)
     return count
 
 

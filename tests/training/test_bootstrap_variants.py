@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sf_mllm.config import load_run_config
+from sf_mllm.data.augment import parse_resolutions, resolution_of_step
 from sf_mllm.encoder.cortex import Attention
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel, SparseFormerOutput
 from sf_mllm.encoder.sampler import RoiSampler
@@ -78,6 +79,19 @@ def test_with_everything_student_and_teacher_are_compiled_once_each(run_file, tm
     assert not torch._dynamo.utils.counters["graph_break"]
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (encoder, eager))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-4)
+    torch._dynamo.reset()
+
+
+def test_each_resolution_is_compiled_for_itself(run_file, tmp_path):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    settings = ["data.resolutions=[16,24,32,40]", "train.max_steps=8", "train.torch_compile=true"]
+    config = read(run_file, *settings, f"output_dir={tmp_path / 'b'}", "train.torch_compile_backend=aot_eager")
+    resolutions = parse_resolutions([16, 24, 32, 40])
+    seen = {resolution_of_step(resolutions, config.seed, step) for step in range(8)}
+    assert len(seen) >= 3  # of two the second could be one for all sizes
+    run_bootstrap(config)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(seen) + 1  # and the teacher
     torch._dynamo.reset()
 
 

@@ -48,6 +48,11 @@ class BootstrapTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if self.args.torch_compile:
+            # A graph for each resolution: one for all of them would be slower, and PyTorch 2.11 cannot make it.
+            self.accelerator.state.dynamo_plugin.dynamic = False
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, len(self.train_dataset.resolutions))
         self.task = task
         self.evaluation = evaluation
         self.inherited_names = inherited_names
