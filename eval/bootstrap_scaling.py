@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.rows is not None:
                 from eval.rows import append_rows
 
-                append_rows("bootstrap_scaling", [row], device, options.rows)
+                append_rows("bootstrap_scaling", [row], device, options.rows, num_devices=count)
     return 0
 
 

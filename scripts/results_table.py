@@ -17,6 +17,20 @@ QUESTION_EXAMPLES = {
     "description": "What do you see?",
     "mean": "",
 }
+CLUTTER_TASKS = {
+    "color": "colour",
+    "texture": "texture",
+    "shape": "shape",
+    "glyph": "digit or letter",
+    "tiny_glyph": "tiny digit or letter",
+    "size": "size",
+    "count": "count",
+    "one_attribute": "attribute of one object among several",
+    "swap": "colours of two objects swapped",
+    "position": "position",
+    "front": "which one is in front",
+}
+"""What the teacher of the study `clutter-2` knows, in the order of its rows."""
 TASK_NAMES = {
     "color": "colour",
     "shape": "shape",
@@ -61,6 +75,25 @@ def zero_shot_table() -> str:
     return "\n".join(lines)
 
 
+def clutter_table() -> str:
+    """Zero-shot tasks about cluttered scenes: teacher, and students of three sizes."""
+    runs = [row for row in read_rows("bootstrap_runs") if row["study"] == "clutter-2"]
+    runs.sort(key=lambda row: -int(row["tokens_per_image"]))
+    accuracies = []  # for each run by task, student's and teacher's
+    for run in runs:
+        words = run["accuracies"].split()
+        accuracies.append({task: pair.split("/") for task, pair in zip(words[::2], words[1::2], strict=True)})
+    lines = [
+        "| task | teacher, 197 tokens | " + " | ".join(f"{run['tokens_per_image']} tokens" for run in runs) + " |",
+        "|---|---|" + "---|" * len(runs),
+    ]
+    for task, name in CLUTTER_TASKS.items():
+        figures = [accuracies[0][task][1], *(by_task[task][0] for by_task in accuracies)]
+        lines.append(f"| {name} | " + " | ".join(f"{figure} %" for figure in figures) + " |")
+    lines.append("| mean retention |  | " + " | ".join(_percent(run["mean_retention"]) for run in runs) + " |")
+    return "\n".join(lines)
+
+
 def precision_table() -> str:
     """Relative error of the encoder's outputs in reduced precision."""
     rows = {(row["model"], row["mode"], row["field"]): row for row in read_rows("precision")}
@@ -86,4 +119,4 @@ def _percent(share: str) -> str:
 
 
 if __name__ == "__main__":
-    print(question_table(), zero_shot_table(), precision_table(), sep="\n\n")
+    print(question_table(), zero_shot_table(), clutter_table(), precision_table(), sep="\n\n")

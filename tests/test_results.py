@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from scripts.results_table import precision_table, question_table, read_rows, zero_shot_table
+from scripts.results_table import clutter_table, precision_table, question_table, read_rows, zero_shot_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -16,6 +16,7 @@ def test_tables_of_the_card_are_the_measured_ones():
 def test_tables_of_the_readme_are_the_measured_ones():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert precision_table() in readme
+    assert clutter_table() in readme
     *_, mean = (row for row in read_rows("scene_qa") if row["model"] == "demo:sf_llava" and row["type"] == "mean")
     assert f"it answers {100 * float(mean['accuracy']):.1f} % of" in readme
 
