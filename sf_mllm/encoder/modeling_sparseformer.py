@@ -20,7 +20,7 @@ from sf_mllm.encoder.focusing_v1 import FocusingStageV1
 from sf_mllm.encoder.layers import MatrixGenerator, UnitLayerNorm, ZeroStartLinear
 from sf_mllm.encoder.mixing import AdaptiveMixingV1
 from sf_mllm.encoder.sampler import InitialLatents, RoiSampler
-from sf_mllm.encoder.stem import Stem
+from sf_mllm.encoder.stem import Stem, StemConvolution
 from sf_mllm.encoder.strict_loading import StrictLoadingMixin
 from sf_mllm.ops.roi import ROI_LAYOUTS
 
@@ -173,7 +173,7 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
         return self.norm(tokens[:, first_latent:].mean(dim=1))
 
     def set_kernels(self, name: str) -> None:
-        """Choose what reads the feature map at sampling points and what attends; results differ in rounding only.
+        """Choose what convolves images, samples features and attends; results differ in rounding only.
 
         Args:
             name: "torch", PyTorch's own operations, where a model starts; or "triton", kernels for CUDA devices. It
@@ -187,7 +187,7 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
 
         load_kernels(name)
         for module in self.modules():
-            if isinstance(module, RoiSampler | Attention):
+            if isinstance(module, StemConvolution | RoiSampler | Attention):
                 module.kernels = name
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]

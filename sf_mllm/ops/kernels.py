@@ -7,7 +7,8 @@ from torch import Tensor
 from sf_mllm.errors import InputError, nearest
 from sf_mllm.ops.implementations import REFERENCE
 
-_MODULES = {"triton": ("sf_mllm.ops.sampling_triton", "sf_mllm.ops.attention_triton")}
+_OPERATIONS = ("convolution", "sampling", "attention")
+_MODULES = {"triton": tuple(f"sf_mllm.ops.{operation}_triton" for operation in _OPERATIONS)}
 """Modules that add an implementation when they are imported, by its name."""
 
 KERNEL_NAMES = (REFERENCE, *_MODULES)
@@ -15,7 +16,7 @@ KERNEL_NAMES = (REFERENCE, *_MODULES)
 
 
 def load_kernels(name: str) -> None:
-    """Make an implementation of each operation known: sampling and attention.
+    """Make an implementation of each operation known: convolution, sampling and attention.
 
     Raises:
         InputError: there is none of that name, or what it needs is not installed.

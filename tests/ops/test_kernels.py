@@ -12,12 +12,14 @@ from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.errors import InputError
 from sf_mllm.ops.attention import ATTENTION_IMPLEMENTATIONS, attend
+from sf_mllm.ops.convolution import CONVOLUTION_IMPLEMENTATIONS, convolve
 from sf_mllm.ops.kernels import KERNEL_NAMES, load_kernels
 from sf_mllm.ops.sampling import SAMPLING_IMPLEMENTATIONS, sample_points
-from tests.ops import attention_cases, sampling_cases
+from tests.ops import attention_cases, convolution_cases, sampling_cases
 
 pytest.importorskip("triton")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+IMPLEMENTATIONS = (CONVOLUTION_IMPLEMENTATIONS, SAMPLING_IMPLEMENTATIONS, ATTENTION_IMPLEMENTATIONS)
 SMALL = {
     "num_latents": 9,
     "focusing_num_attention_heads": 2,
@@ -33,7 +35,9 @@ def make_model() -> SparseFormerModel:
     return SparseFormerModel(SparseFormerConfig(focusing_size=64, projection_size=16, **SMALL))
 
 
-@pytest.mark.parametrize(("cases", "count"), [("sampling_cases", 72), ("attention_cases", 14)])
+@pytest.mark.parametrize(
+    ("cases", "count"), [("sampling_cases", 72), ("attention_cases", 14), ("convolution_cases", 8)]
+)
 def test_interpreted_kernels_agree_with_pytorch(cases: str, count: int) -> None:
     root = Path(__file__).parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
@@ -55,7 +59,7 @@ def test_a_cpu_is_refused_in_plain_words() -> None:
 def test_all_names_can_be_loaded() -> None:
     for name in KERNEL_NAMES:
         load_kernels(name)
-    assert SAMPLING_IMPLEMENTATIONS.keys() == ATTENTION_IMPLEMENTATIONS.keys() == set(KERNEL_NAMES)
+    assert {frozenset(known) for known in IMPLEMENTATIONS} == {frozenset(KERNEL_NAMES)}
 
 
 def test_a_wrong_name_is_refused() -> None:
@@ -69,6 +73,7 @@ def test_kernels_agree_with_pytorch_on_a_gpu() -> None:
     load_kernels("triton")
     assert sampling_cases.compare("triton", "cuda") == 72
     assert attention_cases.compare("triton", "cuda") == 21
+    assert convolution_cases.compare("triton", "cuda") == 12
 
 
 @pytest.mark.gpu
@@ -77,6 +82,7 @@ def test_compiled_with_kernels_equals_eager_without() -> None:
     load_kernels("triton")
     assert sampling_cases.compare("triton", "cuda", torch.compile(sample_points, fullgraph=True)) == 72
     assert attention_cases.compare("triton", "cuda", torch.compile(attend, fullgraph=True)) == 21
+    assert convolution_cases.compare("triton", "cuda", torch.compile(convolve, fullgraph=True)) == 12
     model, images = make_model().cuda(), torch.randn(4, 3, 64, 64, device="cuda")
     expected = model(images).pooler_output
     expected.square().mean().backward()
