@@ -52,9 +52,13 @@ class FocusingBlock(GradientCheckpointingLayer):
     def __init__(self, config: SparseFormerConfig) -> None:
         super().__init__()
         width, eps = config.focusing_size, config.focusing_layer_norm_eps
-        self.sampler = RoiSampler(width, config.num_sampling_points, eps, config.padding_mode)
+        self.sampler = RoiSampler(width, config.num_sampling_points, eps)
         self.mixing = AdaptiveMixing(
-            width, config.stem_channels, config.num_sampling_points, config.focusing_mixing_size
+            width,
+            config.stem_channels,
+            config.num_sampling_points,
+            config.focusing_mixing_size,
+            config.padding_mode,
         )
         self.roi_code = RoiCode(width, eps)
         self.norm1 = nn.LayerNorm(width, eps=eps)
@@ -67,8 +71,8 @@ class FocusingBlock(GradientCheckpointingLayer):
         self, features: Tensor, latents: Tensor, rois: Tensor, drop_path_rate: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return new latents [B, N, D], new RoIs [B, N, 4] and the points that were read [B, N, P, 2]."""
-        sampled, points = self.sampler(features, latents, rois)
-        latents = latents + drop_path(self.mixing(sampled, latents), drop_path_rate, self.training)
+        points = self.sampler(latents, rois)
+        latents = latents + drop_path(self.mixing(features, points, latents), drop_path_rate, self.training)
         latents = latents + self.roi_code(rois)
         latents = latents + drop_path(self.attn(self.norm1(latents)), drop_path_rate, self.training)
         latents = latents + drop_path(self.mlp(self.norm2(latents)), drop_path_rate, self.training)
@@ -81,16 +85,20 @@ class SamplingBlock(GradientCheckpointingLayer):
     def __init__(self, config: SparseFormerConfig) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.focusing_layer_norm_eps
-        self.sampler = RoiSampler(width, config.num_sampling_points, eps, config.padding_mode)
+        self.sampler = RoiSampler(width, config.num_sampling_points, eps)
         self.mixing = AdaptiveMixing(
-            width, config.stem_channels, config.num_sampling_points, config.sampling_mixing_size
+            width,
+            config.stem_channels,
+            config.num_sampling_points,
+            config.sampling_mixing_size,
+            config.padding_mode,
         )
         self.roi_code = RoiCode(width, eps)
 
     def forward(self, features: Tensor, latents: Tensor, rois: Tensor, drop_path_rate: float) -> tuple[Tensor, Tensor]:
         """Return new latents [B, N, D] and the points that were read [B, N, P, 2]."""
-        sampled, points = self.sampler(features, latents, rois)
-        latents = latents + drop_path(self.mixing(sampled, latents), drop_path_rate, self.training)
+        points = self.sampler(latents, rois)
+        latents = latents + drop_path(self.mixing(features, points, latents), drop_path_rate, self.training)
         return latents + self.roi_code(rois), points
 
 

@@ -27,8 +27,10 @@ class FocusingBlockV1(GradientCheckpointingLayer):
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = Attention(width, num_heads)
         self.roi_adjustment = RoiAdjustmentV1(width, eps)
-        self.sampler = RoiSampler(width, config.num_sampling_points, eps, config.padding_mode)
-        self.mixing = AdaptiveMixingV1(width, config.stem_channels, config.num_sampling_points, mixing_size)
+        self.sampler = RoiSampler(width, config.num_sampling_points, eps)
+        self.mixing = AdaptiveMixingV1(
+            width, config.stem_channels, config.num_sampling_points, mixing_size, config.padding_mode
+        )
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, 4 * width, config.focusing_hidden_act)
 
@@ -38,8 +40,8 @@ class FocusingBlockV1(GradientCheckpointingLayer):
         """Return new latents [B, N, D], new RoIs [B, N, 4] and the points that were read [B, N, P, 2]."""
         latents = latents + drop_path(self.attn(self.norm1(latents)), drop_path_rate, self.training)
         rois = adjust_rois(rois, drop_path(self.roi_adjustment(latents), drop_path_rate, self.training))
-        sampled, points = self.sampler(features, latents, rois)
-        latents = latents + drop_path(self.mixing(sampled, latents), drop_path_rate, self.training)
+        points = self.sampler(latents, rois)
+        latents = latents + drop_path(self.mixing(features, points, latents), drop_path_rate, self.training)
         latents = latents + drop_path(self.mlp(self.norm2(latents)), drop_path_rate, self.training)
         return latents, rois, points
 

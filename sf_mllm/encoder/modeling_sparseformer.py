@@ -18,7 +18,7 @@ from sf_mllm.encoder.cortex import Attention, CortexBlock
 from sf_mllm.encoder.focusing import FocusingStage, drop_path_rates
 from sf_mllm.encoder.focusing_v1 import FocusingStageV1
 from sf_mllm.encoder.layers import MatrixGenerator, UnitLayerNorm, ZeroStartLinear
-from sf_mllm.encoder.mixing import AdaptiveMixingV1
+from sf_mllm.encoder.mixing import AdaptiveMixing, AdaptiveMixingV1
 from sf_mllm.encoder.sampler import InitialLatents, RoiSampler
 from sf_mllm.encoder.stem import Stem, StemConvolution
 from sf_mllm.encoder.strict_loading import StrictLoadingMixin
@@ -187,7 +187,7 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
 
         load_kernels(name)
         for module in self.modules():
-            if isinstance(module, StemConvolution | RoiSampler | Attention):
+            if isinstance(module, StemConvolution | AdaptiveMixing | AdaptiveMixingV1 | Attention):
                 module.kernels = name
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]

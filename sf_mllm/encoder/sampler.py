@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from sf_mllm.encoder.layers import UnitLayerNorm, ZeroStartLinear
-from sf_mllm.ops.implementations import REFERENCE
 from sf_mllm.ops.roi import points_in_rois
-from sf_mllm.ops.sampling import sample_points
 
 
 def predict_in_fp32(tokens: Tensor, weight: Tensor) -> Tensor:
@@ -26,41 +24,24 @@ def _autocast_off(device_type: str) -> AbstractContextManager:
 
 
 class RoiSampler(nn.Module):
-    """Reads P points of the feature map inside each token's RoI.
+    """Places P sampling points inside each token's RoI.
 
     Args:
         width: D, of the tokens.
         num_points: P.
         eps: of the norm.
-        padding_mode: what a point outside the image reads.
-
-    Attributes:
-        kernels: see `SparseFormerModel.set_kernels`.
     """
 
-    def __init__(self, width: int, num_points: int, eps: float, padding_mode: str) -> None:
+    def __init__(self, width: int, num_points: int, eps: float) -> None:
         super().__init__()
-        self.kernels = REFERENCE
         self.norm = UnitLayerNorm(width, eps=eps)
         self.offsets = ZeroStartLinear(width, 2 * num_points)
         self.shared_offsets = nn.Parameter(torch.zeros(num_points, 2))
-        self.padding_mode = padding_mode
 
-    def forward(self, features: Tensor, latents: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample for tokens [B, N, D].
-
-        Args:
-            features: [B, C, H, W].
-            latents: [B, N, D].
-            rois: [B, N, 4].
-
-        Returns:
-            Sampled features [B, N, P, C] and the points [B, N, P, 2], relative to the image.
-        """
+    def forward(self, latents: Tensor, rois: Tensor) -> Tensor:
+        """Return the points [B, N, P, 2], fp32, relative to the image, of tokens [B, N, D] with RoIs [B, N, 4]."""
         offsets = predict_in_fp32(self.norm(latents), self.offsets.weight).unflatten(-1, (-1, 2))
-        points = points_in_rois(rois, offsets + self.shared_offsets.float())
-        sampled = sample_points(features, points, padding_mode=self.padding_mode, implementation=self.kernels)
-        return sampled, points
+        return points_in_rois(rois, offsets + self.shared_offsets.float())
 
     def reset_parameters(self) -> None:
         """Start with a regular grid of points (x fastest) for a square P, else with uniform points."""

@@ -1,6 +1,6 @@
 """Bilinear reads of a feature map at continuous points."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,15 +29,24 @@ def sample_points(
     Raises:
         ValueError: batch sizes differ, the last axis is not 2, or the implementation is not loaded.
     """
+    check_points(feature_map, points_rel, implementation, SAMPLING_IMPLEMENTATIONS)
+    return SAMPLING_IMPLEMENTATIONS[implementation](feature_map, points_rel.float(), padding_mode)
+
+
+def check_points(feature_map: Tensor, points_rel: Tensor, implementation: str, loaded: Iterable[str]) -> None:
+    """Check the arguments of what samples points.
+
+    Raises:
+        ValueError: batch sizes differ, the last axis is not 2, or the implementation is not among those `loaded`.
+    """
     if points_rel.shape[-1] != 2 or points_rel.shape[0] != feature_map.shape[0]:
         raise ValueError(
             f"Points must be [B, N, P, 2] with the batch size of the feature map, "
             f"got points {tuple(points_rel.shape)} and features {tuple(feature_map.shape)}."
         )
-    if implementation not in SAMPLING_IMPLEMENTATIONS:
-        known = ", ".join(f"'{name}'" for name in SAMPLING_IMPLEMENTATIONS)
+    if implementation not in loaded:
+        known = ", ".join(f"'{name}'" for name in loaded)
         raise ValueError(f"Sampling implementation '{implementation}' is not loaded; there is: {known}.")
-    return SAMPLING_IMPLEMENTATIONS[implementation](feature_map, points_rel.float(), padding_mode)
 
 
 def _sample_by_grid_sample(feature_map: Tensor, points: Tensor, padding_mode: str) -> Tensor:

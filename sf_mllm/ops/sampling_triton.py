@@ -17,7 +17,7 @@ _LARGEST_BLOCK_CHANNELS = 128
 
 
 @triton.jit
-def _place(points, index, is_point, height, width, BORDER: tl.constexpr):
+def locate_points(points, index, is_point, height, width, BORDER: tl.constexpr):
     """Return the pixel up and left of each point, the weights of the next ones, and whether the point is free to move.
 
     Coordinates are in pixels, whole numbers at the centres of pixels. At or beyond the outermost centres "border" keeps
@@ -35,12 +35,34 @@ def _place(points, index, is_point, height, width, BORDER: tl.constexpr):
 
 
 @triton.jit
-def _pixel(image, column, row, is_point, height, width, stride_image, stride_row, stride_column):
+def locate_pixel(image, column, row, is_point, height, width, stride_image, stride_row, stride_column):
     """Return the place of a pixel in memory, and whether there is one: a comparison with NaN says no."""
     exists = is_point & (column >= 0) & (column < width) & (row >= 0) & (row < height)
     column = tl.where(exists, column, 0.0).to(tl.int64)
     row = tl.where(exists, row, 0.0).to(tl.int64)
     return image * stride_image + row * stride_row + column * stride_column, exists
+
+
+@triton.jit
+def sample(
+    features, image, left, top, x_share, y_share, is_point, channel,
+    height, width, stride_image, stride_channel, stride_row, stride_column, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Return features [points, channels] between four pixels each, fp32."""
+    total = tl.zeros([left.shape[0], channel.shape[0]], dtype=tl.float32)
+    for right in tl.static_range(2):
+        for bottom in tl.static_range(2):
+            place, exists = locate_pixel(
+                image, left + right, top + bottom, is_point, height, width, stride_image, stride_row, stride_column
+            )
+            weight = (x_share if right else 1 - x_share) * (y_share if bottom else 1 - y_share)
+            value = tl.load(
+                features + place[:, None] + channel[None, :] * stride_channel,
+                mask=exists[:, None] & (channel < CHANNELS)[None, :],
+                other=0.0,
+            )
+            total += weight[:, None] * value.to(tl.float32)
+    return total
 
 
 @triton.jit
@@ -53,26 +75,16 @@ def _forward_kernel(
     index = tl.program_id(0).to(tl.int64) * BLOCK_POINTS + tl.arange(0, BLOCK_POINTS)
     is_point = index < num_points
     image = index // points_per_image
-    left, top, x_share, y_share, _x_moves, _y_moves = _place(points, index, is_point, height, width, BORDER)
+    left, top, x_share, y_share, _x_moves, _y_moves = locate_points(points, index, is_point, height, width, BORDER)
     channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    is_channel = channel < CHANNELS
-    total = tl.zeros([BLOCK_POINTS, BLOCK_CHANNELS], dtype=tl.float32)
-    for right in tl.static_range(2):
-        for bottom in tl.static_range(2):
-            place, exists = _pixel(
-                image, left + right, top + bottom, is_point, height, width, stride_image, stride_row, stride_column
-            )
-            weight = (x_share if right else 1 - x_share) * (y_share if bottom else 1 - y_share)
-            value = tl.load(
-                features + place[:, None] + channel[None, :] * stride_channel,
-                mask=exists[:, None] & is_channel[None, :],
-                other=0.0,
-            )
-            total += weight[:, None] * value.to(tl.float32)
+    total = sample(
+        features, image, left, top, x_share, y_share, is_point, channel,
+        height, width, stride_image, stride_channel, stride_row, stride_column, CHANNELS,
+    )  # fmt: skip
     tl.store(
         sampled + index[:, None] * CHANNELS + channel[None, :],
         total.to(sampled.dtype.element_ty),
-        mask=is_point[:, None] & is_channel[None, :],
+        mask=is_point[:, None] & (channel < CHANNELS)[None, :],
     )
 
 
@@ -87,7 +99,7 @@ def _backward_kernel(
     index = tl.program_id(0).to(tl.int64) * BLOCK_POINTS + tl.arange(0, BLOCK_POINTS)
     is_point = index < num_points
     image = index // points_per_image
-    left, top, x_share, y_share, x_moves, y_moves = _place(points, index, is_point, height, width, BORDER)
+    left, top, x_share, y_share, x_moves, y_moves = locate_points(points, index, is_point, height, width, BORDER)
     x_grad = tl.zeros([BLOCK_POINTS], dtype=tl.float32)
     y_grad = tl.zeros([BLOCK_POINTS], dtype=tl.float32)
     for first in range(0, CHANNELS, BLOCK_CHANNELS):
@@ -100,7 +112,7 @@ def _backward_kernel(
         ).to(tl.float32)
         for right in tl.static_range(2):
             for bottom in tl.static_range(2):
-                place, exists = _pixel(
+                place, exists = locate_pixel(
                     image, left + right, top + bottom, is_point, height, width, stride_image, stride_row, stride_column
                 )
                 x_weight = x_share if right else 1 - x_share
@@ -111,7 +123,7 @@ def _backward_kernel(
                 x_grad += (y_weight if right else -y_weight) * product
                 y_grad += (x_weight if bottom else -x_weight) * product
                 if WITH_FEATURES:
-                    target, _exists = _pixel(  # channels last
+                    target, _exists = locate_pixel(  # channels last
                         image, left + right, top + bottom, is_point, height, width,
                         height * width * CHANNELS, width * CHANNELS, CHANNELS,
                     )  # fmt: skip

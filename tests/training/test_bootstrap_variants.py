@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from sf_mllm.config import load_run_config
 from sf_mllm.data.augment import parse_resolutions, resolution_of_step
 from sf_mllm.encoder.cortex import Attention
+from sf_mllm.encoder.mixing import AdaptiveMixing
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel, SparseFormerOutput
-from sf_mllm.encoder.sampler import RoiSampler
 from sf_mllm.encoder.stem import StemConvolution
 from sf_mllm.errors import InputError
 from sf_mllm.training.bootstrap.__main__ import main
@@ -107,9 +107,9 @@ def test_kernels_reach_student_and_losses(run_file):
     config = read(run_file, "student.kernels=triton")
     trainer = make_trainer(config)
     parts = [
-        module for module in trainer.model.modules() if isinstance(module, StemConvolution | RoiSampler | Attention)
+        module for module in trainer.model.modules() if isinstance(module, StemConvolution | AdaptiveMixing | Attention)
     ]
-    assert {type(part) for part in parts} == {StemConvolution, RoiSampler, Attention}
+    assert {type(part) for part in parts} == {StemConvolution, AdaptiveMixing, Attention}
     assert trainer.task.kernels == "triton" and {part.kernels for part in parts} == {"triton"}
     with pytest.raises(InputError, match="'triton' need a CUDA device"):  # the losses say so, too
         average_in_rois(torch.randn(1, 2, 4, 4), torch.rand(1, 3, 4), kernels="triton")
