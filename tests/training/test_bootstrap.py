@@ -258,6 +258,7 @@ def test_a_timm_teacher_works(run_file, tmp_path):
         (["student.overrides.padding_mode=bordr"], "'border', 'zeros'"),
         (["student.overrides.focusing_hidden_act=gellu"], "Did you mean 'gelu'"),
         (["student.trained_cortex_blocks=3"], "has 2 cortex blocks"),
+        (["student.trained_cortex_blocks=some"], "student.trained_cortex_blocks=some, but the student has 2"),
         (["student.overrides.num_latent=3"], "Did you mean 'num_latents'"),
         (["student.overrides.hidden_size=64"], "hidden_size follows the teacher"),
         (["teacher.source=openclip"], "Did you mean 'open_clip'"),

@@ -1,4 +1,4 @@
-"""What a run can be asked beyond its defaults: relations, states, attraction, averaged weights, what trains."""
+"""What a run can be asked beyond its defaults: other losses, sizes of its crops, kernels, what trains."""
 
 import json
 import os
@@ -14,19 +14,17 @@ from sf_mllm.config import load_run_config
 from sf_mllm.data.augment import parse_resolutions, resolution_of_step
 from sf_mllm.encoder.cortex import Attention
 from sf_mllm.encoder.mixing import AdaptiveMixing
-from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel, SparseFormerOutput
+from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.encoder.stem import StemConvolution
 from sf_mllm.errors import InputError
-from sf_mllm.training.bootstrap.__main__ import main
 from sf_mllm.training.bootstrap.config import BootstrapConfig
 from sf_mllm.training.bootstrap.losses import average_in_rois
 from sf_mllm.training.bootstrap.run import run_bootstrap
-from sf_mllm.training.bootstrap.student import build_student, find_state_blocks
-from sf_mllm.training.bootstrap.task import BootstrapTask
+from sf_mllm.training.bootstrap.student import build_student
 from sf_mllm.training.bootstrap.teachers import load_teacher
 from tests.training.test_bootstrap import KILLED_AT_STEP_5, gradients_of_one_step, make_trainer
 
-EVERYTHING = ["loss.relations=2", "loss.states=0.5", "loss.attraction=3", "loss.size_hinge=2", "ema_decay=0.7"]
+EVERYTHING = ["loss.attraction=3", "loss.size_hinge=2", "student.trained_cortex_blocks=all", "student.train_head=true"]
 
 
 def read(run_file, *overrides):
@@ -42,11 +40,9 @@ def test_a_run_with_everything_trains_all_of_it_and_saves_the_encoder_alone(run_
     assert SparseFormerModel.from_pretrained(encoder).config.architectures == ["SparseFormerModel"]
     checkpoint = load_file(encoder.parent / "checkpoints/checkpoint-3/model.safetensors")
     assert checkpoint.keys() == saved.keys()
-    averages = load_file(encoder.parent / "checkpoints/checkpoint-3/ema.safetensors")
-    assert averages.keys() == {name for name, p in student.named_parameters() if p.requires_grad}
     rows = [json.loads(line) for line in (encoder.parent / "metrics.jsonl").read_text().splitlines()]
-    weights = {"embedding": 1, "tokens": 1, "relations": 2, "states": 0.5, "attraction": 3, "size_hinge": 2}
-    weights |= {"coverage": 1, "roi_hinge": 0.5, "point_hinge": 10}
+    weights = {"embedding": 1, "tokens": 1, "coverage": 1, "attraction": 3}
+    weights |= {"roi_hinge": 0.5, "size_hinge": 2, "point_hinge": 10}
     assert {name for name in rows[0] if name.startswith("loss_")} == {f"loss_{name}" for name in weights}
     parts = sum(weight * rows[0][f"loss_{name}"] for name, weight in weights.items())
     assert rows[0]["loss"] == pytest.approx(parts, rel=1e-4)
@@ -119,38 +115,6 @@ def test_kernels_reach_student_and_losses(run_file):
         make_trainer(read(run_file, "student.kernels=tritn"))
 
 
-@pytest.mark.parametrize("num_blocks", [1, 2, 3])
-def test_a_student_whose_blocks_see_what_those_of_its_teacher_see_has_no_loss_of_states(run_file, num_blocks):
-    """Its tokens are the teacher's, one a patch, where they enter the first inherited block."""
-    config = read(run_file, f"student.overrides.num_hidden_layers={num_blocks}", "loss.states=1")
-    teacher = load_teacher(config.teacher)
-    student, report = build_student(config, teacher)
-    blocks = find_state_blocks(num_blocks, report.first_block)
-    assert blocks == {1: (1,), 2: (0, 1), 3: (0, 1)}[num_blocks]
-    entering = []
-    teacher.visual.transformer.resblocks[report.first_block].register_forward_pre_hook(
-        lambda block, inputs: entering.append(inputs[0])
-    )
-    task = BootstrapTask(teacher, config.loss, blocks)
-    target = task.targets({"pixel_values": torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)})
-    states = [entering[0]]
-    for block in student.cortex:
-        states.append(block(states[-1]))
-    centers = torch.cartesian_prod((torch.arange(4) + 0.5) / 4, (torch.arange(4) + 0.5) / 4).flip(-1)  # row by row
-    output = SparseFormerOutput(
-        last_hidden_state=states[-1],
-        pooler_output=target.embedding,
-        rois=centers.repeat(2, 1, 1, 2),  # [B, steps, N, 4], each a point in the middle of its patch
-        hidden_states=tuple(states),
-        sampling_points=(centers.repeat(2, 1, 1)[:, :, None],),
-    )
-    config.loss.roi_hinge = 0.0
-    losses = task.losses(output, target)
-    torch.testing.assert_close(losses["states"], torch.zeros(2), atol=1e-5, rtol=0)
-    shifted = SparseFormerOutput(**{**output, "hidden_states": (*states[1:], states[-1])})
-    assert task.losses(shifted, target)["states"].min() > 1e-3
-
-
 def test_all_blocks_and_the_head_train_on_request(run_file):
     overrides = ["student.trained_cortex_blocks=all", "student.train_head=true", "train.max_steps=2"]
     config = read(run_file, *overrides)
@@ -160,25 +124,3 @@ def test_all_blocks_and_the_head_train_on_request(run_file):
     }
     after = load_file(run_bootstrap(config) / "model.safetensors")
     assert [name for name, tensor in after.items() if torch.equal(tensor, before[name])] == []
-
-
-def test_a_store_is_enough_for_relations(run_file, tmp_path):
-    from sf_mllm.training.reinforce.__main__ import main as make_store
-
-    overrides = [f"store.path={tmp_path / 'store'}", "store.grid=2", "loss.relations=1"]
-    assert make_store([str(run_file), *overrides]) == 0
-    assert main([str(run_file), *overrides, "train.max_steps=2"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["student.trained_cortex_blocks=some"], "student.trained_cortex_blocks=some, but the student has 2"),
-        (["ema_decay=1"], "ema_decay must be at least 0 and below 1, got 1.0"),
-        (["loss.states=1", "store.path=/somewhere"], "A teacher store holds final features only"),
-    ],
-)
-def test_what_does_not_fit_together_gets_one_sentence(run_file, overrides, message, capfd):
-    assert main([str(run_file), *overrides]) == 2
-    error = capfd.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and message in error

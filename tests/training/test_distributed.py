@@ -62,9 +62,6 @@ if sys.argv[1] == "gloo":
 end_process(3)
 """
 
-ADDITIONS = ["loss.relations=1", "loss.attraction=1", "loss.states=1", "ema_decay=0.9"]
-"""What is off by default and has state of its own, or reads more of student and teacher."""
-
 
 def launch(folder, *arguments, kill=False):
     """Run the entry point on two processes under torchrun."""
@@ -102,7 +99,7 @@ def figures_of(folder):
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=needs_deepspeed)])
 def test_two_processes_killed_and_resumed_end_as_one_that_was_not_disturbed(run_file, tmp_path, strategy):
     """Both take 8 steps of 8 images in micro-batches of 2; the two processes resume at step 4."""
-    settings = ["train.save_steps=4", "train.per_device_train_batch_size=2", *ADDITIONS]
+    settings = ["train.save_steps=4", "train.per_device_train_batch_size=2", "loss.attraction=1"]
     alone = [*settings, f"output_dir={tmp_path / 'one'}", "train.gradient_accumulation_steps=4"]
     one = run_bootstrap(load_run_config(BootstrapConfig, run_file, alone)).parent
     two = tmp_path / "two"

@@ -11,10 +11,8 @@ from sf_mllm.training.bootstrap.losses import (
     coverage_loss,
     embedding_loss,
     point_hinge_loss,
-    relation_loss,
     roi_hinge_loss,
     size_hinge_loss,
-    state_loss,
     token_loss,
 )
 
@@ -59,32 +57,6 @@ def test_token_loss_of_half_precision_is_computed_in_single():
     assert token_loss(latents, latents.clone()).item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_relation_loss_by_hand():
-    latents = torch.tensor([[[2.0, 0.0], [3.0, 4.0], [0.0, -1.0]]])  # cosines .6, 0, -.8
-    targets = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [0.0, -5.0]]])  # cosines 0, -1, 0
-    torch.testing.assert_close(relation_loss(latents, targets), torch.tensor([(0.6**2 + 1.0**2 + 0.8**2) / 3]))
-
-
-def test_relation_loss_knows_no_direction():
-    generator = torch.Generator().manual_seed(0)
-    targets = torch.randn(2, 5, 8, generator=generator)
-    rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q
-    scales = 0.1 + torch.rand(2, 5, 1, generator=generator)
-    torch.testing.assert_close(relation_loss(scales * targets @ rotation, targets), torch.zeros(2), atol=1e-6, rtol=0)
-    torch.testing.assert_close(relation_loss(targets[:, :1], -targets[:, :1]), torch.zeros(2))  # one token: no pair
-
-
-def test_state_loss_by_hand():
-    """Two tokens on the left and right half of the map, each with mean and scale of its own, and a class token."""
-    left, right = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([1.0, 1.0, -1.0, -1.0])
-    feature_map = torch.stack([left, right], dim=-1)[None, :, None]  # [1, D, 1, 2]
-    rois = torch.tensor([[[0.2, 0.5, 0.2, 0.5], [0.8, 0.5, 0.8, 0.5]]])
-    state = torch.stack([5 - right, 3 + 2 * left, 0.1 * left - 7])[None]  # cosines -1 (class), 1 and 0
-    torch.testing.assert_close(state_loss(state[:, 1:], feature_map, None, rois), torch.tensor([0.5]))
-    with_class_token = state_loss(state, feature_map, right[None], rois)
-    torch.testing.assert_close(with_class_token, torch.tensor([(0.5 + 2.0) / 2]))
-
-
 def test_average_in_rois_of_a_ramp_is_the_center_inside_the_image():
     """Pixel value = its own (x, y), so a mean over a box must read back the box's centre."""
     side = 64
@@ -111,16 +83,6 @@ def test_average_in_rois_by_hand_on_a_checkerboard():
     along_x = [0.6 + 0.4 * (i + 0.5) / 4 for i in range(4)]
     right = sum(1 + min(max(2 * x - 0.5, 0), 1) for x in along_x) / 4
     torch.testing.assert_close(average_in_rois(feature_map, rois), torch.tensor([[[2.5], [right]]]))
-
-
-def test_content_weighs_what_a_region_averages():
-    """Four points, one in each cell: the mean by weights (x - mean)^2 with x = 0, 0, 0, 8."""
-    feature_map = torch.tensor([[[[0.0, 0.0], [0.0, 8.0]]]])
-    rois = torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])
-    weighted = average_in_rois(feature_map, rois, points_per_side=2, weighted_by_content=True)
-    torch.testing.assert_close(weighted, torch.tensor([[[8 * 36 / (3 * 4 + 36)]]]))
-    same = average_in_rois(torch.full((1, 2, 4, 4), 3.0), rois, weighted_by_content=True)
-    torch.testing.assert_close(same, torch.full((1, 1, 2), 3.0))
 
 
 def test_coverage_of_regions_that_tile_a_map_of_tiles():

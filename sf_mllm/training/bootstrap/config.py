@@ -113,12 +113,6 @@ class LossConfig:
     """Divergence of the student's class probabilities from the teacher's; for teachers that classify."""
     tokens: float = 1.0
     """1 - cosine between a latent token and the teacher's features inside its final region."""
-    content_weighted_tokens: bool = False
-    """Inside a region the teacher's features count by how far they differ from their mean over the image."""
-    relations: float = 0.0
-    """Squared difference of the cosines between two latent tokens and between the features inside their regions."""
-    states: float = 0.0
-    """1 - cosine between all tokens and the teacher's where they enter an inherited block, mean over these blocks."""
     coverage: float = 1.0
     """What averages inside the final regions do not explain of the teacher's features, mostly where they vary."""
     attraction: float = 0.0
@@ -174,9 +168,6 @@ class BootstrapConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     inherited_learning_rate: float = 3e-4
     """Peak rate of inherited cortex blocks; new parts use train.learning_rate."""
-    ema_decay: float = 0.0
-    """The weights that are measured and saved are an exponential moving average with this decay a step, less in the
-    first steps; 0: the trained weights themselves."""
     seed: int = 0
     """Initial weights, order of the images and augmentation."""
     train: dict[str, Any] = field(default_factory=dict)
@@ -208,13 +199,7 @@ class BootstrapConfig:
             ("teacher.image_size", self.teacher.image_size, self.teacher.image_size is None
              or self.teacher.image_size >= 8, "null or at least 8"),
             ("inherited_learning_rate", self.inherited_learning_rate, self.inherited_learning_rate >= 0, "at least 0"),
-            ("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "at least 0 and below 1"),
             ("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
         ):  # fmt: skip
             if not is_valid:
                 raise InputError(f"{name} must be {allowed}, got {value}.")
-        if self.loss.states and self.store.path is not None:
-            raise InputError(
-                "A teacher store holds final features only, but loss.states asks for those of earlier blocks; set "
-                "loss.states=0 or store.path=null."
-            )

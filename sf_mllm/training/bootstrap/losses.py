@@ -66,59 +66,7 @@ def token_loss(latents: Tensor, targets: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(latents.float(), targets.float(), dim=-1).mean(dim=-1)
 
 
-def relation_loss(latents: Tensor, targets: Tensor) -> Tensor:
-    """Squared difference between how alike two latent tokens are and how alike what the teacher sees at their places.
-
-    It asks which places resemble each other, whatever the direction in which all of them are off.
-
-    Args:
-        latents: [B, N, D], normalised by the student's final norm.
-        targets: [B, N, D], see `average_in_rois`.
-
-    Returns:
-        [B], means over pairs of different tokens.
-
-    Source: arXiv 1904.05068, relations by distance there; by cosine here.
-    """
-    student, teacher = (F.normalize(x.float(), dim=-1) for x in (latents, targets))
-    difference = student @ student.transpose(1, 2) - teacher @ teacher.transpose(1, 2)  # [B, N, N]
-    num_tokens = latents.shape[1]
-    return difference.square().sum(dim=(1, 2)) / max(num_tokens * (num_tokens - 1), 1)  # zero on the diagonal
-
-
-def state_loss(
-    state: Tensor, feature_map: Tensor, class_token: Tensor | None, rois: Tensor, kernels: str = REFERENCE
-) -> Tensor:
-    """One minus the cosine between tokens on their way through the student's blocks and the teacher's at that depth.
-
-    Args:
-        state: [B, N, D], or [B, N+1, D] with a class token first, as they enter a block.
-        feature_map: [B, D, h, w], the teacher's patches where they enter the block that this one was made of, each
-            normalised: see `TeacherOutput.states`.
-        class_token: [B, D], the teacher's there, normalised; needed if the student has one.
-        rois: [B, N, 4], final ones, image-relative xyxy; detached.
-        kernels: implementation of `sample_points`.
-
-    Returns:
-        [B], means over latent tokens; with a class token the mean of that and of its own.
-    """
-    num_latents = rois.shape[1]
-    state = F.layer_norm(state.float(), state.shape[-1:])
-    latents = token_loss(state[:, -num_latents:], average_in_rois(feature_map, rois, kernels=kernels))
-    if state.shape[1] == num_latents:
-        return latents
-    assert class_token is not None, "a student inherits its class token from a teacher that has one"
-    return (latents + embedding_loss(state[:, 0], class_token)) / 2
-
-
-def average_in_rois(
-    feature_map: Tensor,
-    rois: Tensor,
-    points_per_side: int = 4,
-    *,
-    weighted_by_content: bool = False,
-    kernels: str = REFERENCE,
-) -> Tensor:
+def average_in_rois(feature_map: Tensor, rois: Tensor, points_per_side: int = 4, *, kernels: str = REFERENCE) -> Tensor:
     """Average a feature map over a regular grid of points inside each RoI, clamped into the image.
 
     Args:
@@ -126,7 +74,6 @@ def average_in_rois(
         rois: [B, N, 4], image-relative xyxy; may leave the image or be flipped. Detach them to ask a token what is in
             its region, not to move to where that is easy.
         points_per_side: the grid has this many points squared.
-        weighted_by_content: points count by how far their features differ from the mean over the image.
         kernels: implementation of `sample_points`.
 
     Returns:
@@ -137,13 +84,8 @@ def average_in_rois(
     steps = (torch.arange(points_per_side, device=rois.device, dtype=torch.float32) + 0.5) / points_per_side
     grid = torch.cartesian_prod(steps, steps)  # [P, 2], centres of equal cells
     points = low[..., None, :] + grid * (high - low)[..., None, :]  # [B, N, P, 2]
-    full = feature_map.float()
-    sampled = sample_points(full, points, padding_mode="border", implementation=kernels)  # [B, N, P, D]
-    if not weighted_by_content:
-        return sampled.mean(dim=2)
-    content = _content(full).unflatten(1, full.shape[-2:])[:, None] + 1e-6  # [B, 1, H, W]
-    weights = sample_points(content, points, padding_mode="border", implementation=kernels)  # [B, N, P, 1]
-    return (weights * sampled).sum(dim=2) / weights.sum(dim=2)
+    sampled = sample_points(feature_map.float(), points, padding_mode="border", implementation=kernels)  # [B, N, P, D]
+    return sampled.mean(dim=2)
 
 
 def coverage_loss(feature_map: Tensor, rois: Tensor, kernels: str = REFERENCE) -> Tensor:

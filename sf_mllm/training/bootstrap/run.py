@@ -13,7 +13,7 @@ from sf_mllm.training.arguments import make_training_arguments
 from sf_mllm.training.bootstrap.config import BootstrapConfig, DataConfig
 from sf_mllm.training.bootstrap.evaluation import describe_evaluation, measure_at_end, prepare_evaluation
 from sf_mllm.training.bootstrap.images import loader_defaults, make_datasets, prepare_images
-from sf_mllm.training.bootstrap.student import build_student, find_state_blocks
+from sf_mllm.training.bootstrap.student import build_student
 from sf_mllm.training.bootstrap.task import BootstrapTask
 from sf_mllm.training.bootstrap.teachers import Teacher, load_teacher
 from sf_mllm.training.bootstrap.trainer import BootstrapTrainer
@@ -55,8 +55,7 @@ def run_bootstrap(config: BootstrapConfig) -> Path:
             unreadable_images=len(trainer.train_dataset.unreadable),
         )
         if trainer.is_world_process_zero():
-            with trainer.final_weights():
-                save_encoder(trainer.model, trainer.task.teacher, config.data, encoder_directory)
+            save_encoder(trainer.model, trainer.task.teacher, config.data, encoder_directory)
     trainer.accelerator.end_training()
     logger.info("Saved the encoder in %s", encoder_directory)
     return encoder_directory
@@ -68,7 +67,6 @@ def build_trainer(
     """Put teacher, student and images together."""
     teacher = load_teacher(config.teacher)
     student, report = build_student(config, teacher)
-    state_blocks = find_state_blocks(len(student.cortex), report.first_block) if config.loss.states else ()
     with arguments.main_process_first(local=False, desc="preparing the images"):  # which may be drawn and are noted
         images = prepare_images(config, run)
     views = open_stored_views(config, teacher, images)
@@ -76,11 +74,10 @@ def build_trainer(
         run.update_record(store=views.store.description["content"])
     training, held_out = make_datasets(images, config, run, arguments, views)
     trainer = BootstrapTrainer(
-        task=BootstrapTask(teacher, config.loss, state_blocks, config.student.kernels),
+        task=BootstrapTask(teacher, config.loss, config.student.kernels),
         evaluation=prepare_evaluation(config, teacher, run.path, arguments.device),
         inherited_names=frozenset(report.copied),
         inherited_learning_rate=config.inherited_learning_rate,
-        ema_decay=config.ema_decay,
         model=student,
         args=arguments,
         train_dataset=training,

@@ -40,16 +40,6 @@ def freeze_inherited_top(student: SparseFormerModel, num_trained_blocks: int, *,
             module.requires_grad_(False)
 
 
-def find_state_blocks(num_blocks: int, first_teacher_block: int) -> tuple[int, ...]:
-    """Teacher blocks whose outputs enter an inherited block; the patch embedding, which enters block 0, is none.
-
-    Args:
-        num_blocks: blocks of the student's cortex.
-        first_teacher_block: index of the teacher's block that became the first of them.
-    """
-    return tuple(range(max(first_teacher_block - 1, 0), first_teacher_block + num_blocks - 1))
-
-
 def count_trained_blocks(num_blocks: int, first_teacher_block: int) -> int:
     """Inherited blocks that train by the paper's rule: those below two thirds of the teacher's depth.
 

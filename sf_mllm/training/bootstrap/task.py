@@ -1,6 +1,6 @@
 """Stage one's task: what a student is asked, with its frozen teacher, images and losses."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -18,10 +18,8 @@ from sf_mllm.training.bootstrap.losses import (
     coverage_loss,
     embedding_loss,
     point_hinge_loss,
-    relation_loss,
     roi_hinge_loss,
     size_hinge_loss,
-    state_loss,
     token_loss,
 )
 from sf_mllm.training.bootstrap.teachers import Teacher, TeacherOutput
@@ -33,21 +31,12 @@ class BootstrapTask:
     Args:
         teacher: sees each image at its own size.
         weights: of the losses.
-        state_blocks: the teacher's blocks whose outputs `losses` compares with the student's states, in order, the last
-            one for the input of the student's last block; none without a weight for it.
         kernels: what reads the teacher's features inside regions, an implementation of `sample_points`.
     """
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        weights: LossConfig,
-        state_blocks: Sequence[int] = (),
-        kernels: str = REFERENCE,
-    ) -> None:
+    def __init__(self, teacher: Teacher, weights: LossConfig, kernels: str = REFERENCE) -> None:
         self.teacher = teacher
         self.weights = weights
-        self.state_blocks = tuple(state_blocks)
         self.kernels = kernels
 
     def targets(self, batch: dict[str, Tensor]) -> TeacherOutput:
@@ -59,15 +48,13 @@ class BootstrapTask:
         if "teacher_patches" in batch:
             feature_map = dequantise(batch["teacher_patches"], batch["teacher_scales"])
             return TeacherOutput(batch["teacher_embedding"].float(), feature_map)
-        pixels = self.normalise(batch["pixel_values"], self.teacher.preprocessing.image_size)
-        return self.teacher(pixels, self.state_blocks)
+        return self.teacher(self.normalise(batch["pixel_values"], self.teacher.preprocessing.image_size))
 
     def losses(self, output: SparseFormerOutput, target: TeacherOutput) -> dict[str, Tensor]:
         """Compare a student's output with the teacher's on the same crops.
 
         Args:
-            output: of the student on `self.normalise(batch["pixel_values"])`, with sampling points; with hidden states
-                if `self.state_blocks` names any.
+            output: of the student on `self.normalise(batch["pixel_values"])`, with sampling points.
             target: `self.targets(batch)`.
 
         Returns:
@@ -77,16 +64,10 @@ class BootstrapTask:
         rois, points = output.rois, output.sampling_points
         assert tokens is not None and embedding is not None and rois is not None and points is not None
         final_rois, latents = rois[:, -1], tokens[:, -rois.shape[2] :]
-        seen = average_in_rois(
-            target.feature_map,
-            final_rois.detach(),
-            weighted_by_content=self.weights.content_weighted_tokens,
-            kernels=self.kernels,
-        )
         losses: dict[str, Callable[[], Tensor]] = {
-            "tokens": lambda: token_loss(latents, seen),
-            "relations": lambda: relation_loss(latents, seen),
-            "states": lambda: _compare_states(output, target, final_rois.detach(), self.kernels),
+            "tokens": lambda: token_loss(
+                latents, average_in_rois(target.feature_map, final_rois.detach(), kernels=self.kernels)
+            ),
             "coverage": lambda: coverage_loss(target.feature_map, final_rois, self.kernels),
             "attraction": lambda: attraction_loss(target.feature_map, final_rois),
             "roi_hinge": lambda: roi_hinge_loss(rois),
@@ -120,14 +101,6 @@ class BootstrapTask:
             for values in (self.teacher.preprocessing.mean, self.teacher.preprocessing.std)
         )
         return (pixels - mean) / std
-
-
-def _compare_states(output: SparseFormerOutput, target: TeacherOutput, rois: Tensor, kernels: str) -> Tensor:
-    assert output.hidden_states is not None, "the student was not asked for its states"
-    class_tokens = target.class_states or [None] * len(target.states)
-    states = output.hidden_states[-1 - len(target.states) : -1]  # the last one left the cortex
-    losses = [state_loss(*inputs, rois, kernels) for inputs in zip(states, target.states, class_tokens, strict=True)]
-    return torch.stack(losses).mean(dim=0)
 
 
 @lru_cache

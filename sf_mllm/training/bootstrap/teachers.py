@@ -2,7 +2,7 @@
 
 import logging
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,7 +11,6 @@ import numpy as np
 import open_clip
 import timm
 import torch
-import torch.nn.functional as F
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -36,15 +35,11 @@ OutputKind = Literal["embedding", "logits"]
 class TeacherOutput(NamedTuple):
     """`embedding` [B, proj] and the normalised last `feature_map` [B, D, h, w], without class or register tokens.
 
-    The `embedding` of a teacher whose `output_kind` is "logits" are its logits. On request also `states`, the feature
-    maps behind some of its blocks, and `class_states` [B, D], the class token there if it has one; each of these
-    vectors has mean 0 and deviation 1, so that none counts more than others.
+    The `embedding` of a teacher whose `output_kind` is "logits" are its logits.
     """
 
     embedding: Tensor
     feature_map: Tensor
-    states: tuple[Tensor, ...] = ()
-    class_states: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,18 +70,14 @@ class OpenClipTeacher(nn.Module):
         return self.visual
 
     @torch.no_grad()
-    def forward(self, pixel_values: Tensor, state_blocks: tuple[int, ...] = ()) -> TeacherOutput:
-        """Encode normalised pixels [B, 3, H, W] of the teacher's own size; `states` are those behind these blocks."""
-        trunk = getattr(self.visual, "trunk", None)
+    def forward(self, pixel_values: Tensor) -> TeacherOutput:
+        """Encode normalised pixels [B, 3, H, W] of the teacher's own size."""
         output = self.visual.forward_intermediates(
-            pixel_values,
-            indices=[*state_blocks, -1],
-            output_fmt="NCHW",
-            output_extra_tokens=trunk is None or trunk.num_prefix_tokens > 0,
+            pixel_values, indices=1, normalize_intermediates=True, output_fmt="NCHW"
         )
-        norms = (self.visual.ln_post,) if trunk is None else (trunk.norm, trunk.fc_norm)
-        prefix = output.get("image_intermediates_prefix", [])
-        return _make_output(output["image_features"], output["image_intermediates"], prefix, norms)
+        # Only a timm trunk has a norm that `normalize_intermediates` leaves out.
+        norm = getattr(getattr(self.visual, "trunk", None), "fc_norm", nn.Identity())
+        return TeacherOutput(output["image_features"], _normalise_map(output["image_intermediates"][-1], norm))
 
 
 class TimmTeacher(nn.Module):
@@ -106,16 +97,10 @@ class TimmTeacher(nn.Module):
         self.eval()
 
     @torch.no_grad()
-    def forward(self, pixel_values: Tensor, state_blocks: tuple[int, ...] = ()) -> TeacherOutput:
-        """Encode normalised pixels [B, 3, H, W] of the teacher's own size; `states` are those behind these blocks."""
-        has_prefix = self.vit.num_prefix_tokens > 0
-        tokens, maps = self.vit.forward_intermediates(
-            pixel_values, indices=[*state_blocks, -1], output_fmt="NCHW", return_prefix_tokens=has_prefix
-        )
-        prefix: Sequence[Tensor] = ()
-        if has_prefix:
-            maps, prefix = zip(*maps, strict=True)
-        return _make_output(self.vit.forward_head(tokens), maps, prefix, (self.vit.norm, self.vit.fc_norm))
+    def forward(self, pixel_values: Tensor) -> TeacherOutput:
+        """Encode normalised pixels [B, 3, H, W] of the teacher's own size."""
+        tokens, maps = self.vit.forward_intermediates(pixel_values, indices=1, norm=True, output_fmt="NCHW")
+        return TeacherOutput(self.vit.forward_head(tokens), _normalise_map(maps[-1], self.vit.fc_norm))
 
 
 Teacher = OpenClipTeacher | TimmTeacher
@@ -274,34 +259,13 @@ def _refuse_unknown(model: str, known: list[str], library: str) -> None:
         )
 
 
-def _make_output(
-    embedding: Tensor, maps: Sequence[Tensor], prefix: Sequence[Tensor], norms: Sequence[nn.Module]
-) -> TeacherOutput:
-    """Normalise feature maps, the last one by the final norm.
+def _normalise_map(feature_map: Tensor, fc_norm: nn.Module) -> Tensor:
+    """Apply timm's `fc_norm` at each place of [B, D, h, w].
 
-    Args:
-        embedding: [B, proj].
-        maps: [B, D, h, w], as they leave blocks.
-        prefix: class and register tokens beside them, [B, P, D], class token first; or none.
-        norms: applied to the last map one after the other. timm's models that pool by mean keep their one final norm in
-            the head, as `fc_norm`; the student has it before its tokens come out. In others `fc_norm` is an identity.
+    Models that pool by mean keep their one final norm there, in the head; the student has it before its tokens come
+    out. In all other models it is an identity.
     """
-    *states, last = maps
-    return TeacherOutput(
-        embedding,
-        _normalise_map(last, nn.Sequential(*norms)),
-        tuple(_normalise_map(state, _standardise) for state in states),
-        tuple(_standardise(tokens[:, 0]) for tokens in prefix[: len(states)]),
-    )
-
-
-def _normalise_map(feature_map: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a norm at each place of [B, D, h, w]."""
-    return norm(feature_map.movedim(1, -1)).movedim(-1, 1).contiguous()
-
-
-def _standardise(features: Tensor) -> Tensor:
-    return F.layer_norm(features.float(), features.shape[-1:])
+    return fc_norm(feature_map.movedim(1, -1)).movedim(-1, 1).contiguous()
 
 
 def _read_preprocessing(settings: dict[str, Any], image_size: int | tuple[int, int]) -> Preprocessing:

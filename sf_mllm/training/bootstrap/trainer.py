@@ -3,7 +3,6 @@
 import contextlib
 import math
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from sf_mllm.data.image_streams import StreamedImages
 from sf_mllm.data.images import HeldOutImages, TrainingImages
 from sf_mllm.data.teacher_store import StoredViews
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
-from sf_mllm.training.bootstrap.ema import WeightAverage
 from sf_mllm.training.bootstrap.evaluation import BootstrapEvaluation
 from sf_mllm.training.bootstrap.task import BootstrapTask
 from sf_mllm.training.progress import explain_not_finite
@@ -29,7 +27,6 @@ class BootstrapTrainer(Trainer):
         evaluation: what is measured at each evaluation.
         inherited_names: parameters that come from the teacher.
         inherited_learning_rate: their peak rate; the others use `args.learning_rate`.
-        ema_decay: of the average of the student's weights that is measured and saved in their place; 0: of none.
         **kwargs: as for `Trainer`.
     """
 
@@ -44,7 +41,6 @@ class BootstrapTrainer(Trainer):
         evaluation: BootstrapEvaluation,
         inherited_names: frozenset[str],
         inherited_learning_rate: float,
-        ema_decay: float,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -66,9 +62,6 @@ class BootstrapTrainer(Trainer):
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self.times = StepTimes(self.args.device, images_per_step=batch_size)
         self.add_callback(self.times)
-        self.average = WeightAverage(self.model, ema_decay) if ema_decay else None
-        if self.average is not None:
-            self.add_callback(self.average)
         if isinstance(self.train_dataset.views, StoredViews):
             return  # the teacher is not asked: it stays where it takes no memory from the student
         task.teacher.to(self.args.device)
@@ -95,11 +88,7 @@ class BootstrapTrainer(Trainer):
         with self.precision():
             target = self.task.targets(inputs)
         self.times.lap("teacher")
-        output = model(
-            self.task.normalise(inputs["pixel_values"]),
-            output_hidden_states=bool(target.states),
-            output_sampling_points=True,
-        )
+        output = model(self.task.normalise(inputs["pixel_values"]), output_sampling_points=True)
         self.times.lap("student")
         losses = self.task.losses(output, target)
         self._note(losses)
@@ -163,21 +152,11 @@ class BootstrapTrainer(Trainer):
     ) -> dict[str, float]:
         """Measure the student and log the result."""
         # Its batches have other sizes than those of training; compiling for each would cost more than it saves.
-        with torch.compiler.set_stance("force_eager"), self.final_weights():
+        with torch.compiler.set_stance("force_eager"):
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluation.measure(self).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the trained weights, and their average beside them."""
-        super().save_model(output_dir, _internal_call)
-        if self.average is not None and self.args.should_save:
-            self.average.save(Path(output_dir or str(self.args.output_dir)))
-
-    def final_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Within this context the student has the weights that are measured and saved."""
-        return contextlib.nullcontext() if self.average is None else self.average.in_place()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         """Read in order: the data set holds the whole run, already shuffled."""
