@@ -1,6 +1,5 @@
 """Early convolution: the only part of the encoder whose cost grows with the image."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -42,12 +41,13 @@ class Stem(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to features [B, C, ceil(H/4), ceil(W/4)]."""
-        features = F.max_pool2d(F.relu(self.conv(pixel_values)), kernel_size=3, stride=2, padding=1)
+        # The largest value is the same before and after ReLU, which has a quarter of the work when it comes second.
+        features = F.relu(F.max_pool2d(self.conv(pixel_values), kernel_size=3, stride=2, padding=1))
         return normalise_channels(features)
 
 
 def normalise_channels(features: Tensor) -> Tensor:
     """Layer norm without parameters over the channel axis of [B, C, H, W]; eps 1e-5, biased variance, in fp32."""
-    full = features.float()
-    variance, mean = torch.var_mean(full, dim=1, correction=0, keepdim=True)
-    return ((full - mean) * torch.rsqrt(variance + 1e-5)).to(features.dtype)
+    pixels = features.float().permute(0, 2, 3, 1)
+    normalised = F.layer_norm(pixels, pixels.shape[-1:], eps=1e-5)
+    return normalised.permute(0, 3, 1, 2).to(features.dtype)

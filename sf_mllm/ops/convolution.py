@@ -21,15 +21,15 @@ def convolve(pixel_values: Tensor, weight: Tensor, bias: Tensor, implementation:
         implementation: a name of `CONVOLUTION_IMPLEMENTATIONS`.
 
     Returns:
-        [B, C, ceil(H/2), ceil(W/2)]; on a CUDA device whole pixels lie together in memory (channels last).
+        [B, C, ceil(H/2), ceil(W/2)]; whole pixels lie together in memory (channels last).
     """
     return CONVOLUTION_IMPLEMENTATIONS[implementation](pixel_values, weight, bias)
 
 
 def _convolve_by_conv2d(pixel_values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The reference, by PyTorch's own operation."""
-    if pixel_values.is_cuda:  # fastest for the convolution, and for what samples the result
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+    # Fastest for the convolution, and for what pools, normalises and samples the result.
+    pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
     return F.conv2d(pixel_values, weight, bias, stride=STRIDE, padding=PADDING)
 
 
