@@ -98,7 +98,7 @@ def _attend(packed: Tensor, num_heads: int) -> Tensor:
     batch_size, num_tokens, width = packed.shape[0], packed.shape[1], packed.shape[2] // 3
     mixed = packed.new_empty(batch_size, num_tokens, width)
     if mixed.numel():
-        shape, scale = _shape_of_programs(num_tokens, num_heads, width)
+        shape, scale = _shape_of_programs(packed, num_heads)
         _forward_kernel[(batch_size * num_heads,)](packed, mixed, num_tokens, scale * _LOG2_E, **shape)
     return mixed
 
@@ -112,10 +112,10 @@ def _(packed: Tensor, num_heads: int) -> Tensor:
 def _attend_backward(packed: Tensor, mixed_grad: Tensor, num_heads: int) -> Tensor:
     """Return the gradient of the packed projections."""
     packed, mixed_grad = packed.contiguous(), mixed_grad.contiguous()
-    batch_size, num_tokens, width = mixed_grad.shape
+    batch_size, num_tokens, _ = mixed_grad.shape
     packed_grad = torch.empty_like(packed)
     if packed_grad.numel():
-        shape, scale = _shape_of_programs(num_tokens, num_heads, width)
+        shape, scale = _shape_of_programs(packed, num_heads)
         _backward_kernel[(batch_size * num_heads,)](
             packed, mixed_grad, packed_grad, num_tokens, scale * _LOG2_E, scale, **shape
         )
@@ -140,16 +140,16 @@ def _differentiate(ctx, mixed_grad):  # type: ignore[no-untyped-def]  # torch's 
 _attend.register_autograd(_differentiate, setup_context=_remember)
 
 
-def _shape_of_programs(num_tokens: int, num_heads: int, width: int) -> tuple[dict[str, int], float]:
+def _shape_of_programs(packed: Tensor, num_heads: int) -> tuple[dict[str, int], float]:
     """Return the constants of both kernels, and what scores are multiplied by."""
-    head_width = width // num_heads
-    block_tokens = max(_SMALLEST_BLOCK, triton.next_power_of_2(num_tokens))
+    head_width = packed.shape[2] // (3 * num_heads)
+    block_tokens = max(_SMALLEST_BLOCK, triton.next_power_of_2(packed.shape[1]))
     constants = {
         "HEADS": num_heads,
         "WIDTH": head_width,
         "BLOCK_TOKENS": block_tokens,
         "BLOCK_WIDTH": max(_SMALLEST_BLOCK, triton.next_power_of_2(head_width)),
-        "num_warps": 8 if block_tokens > 64 else 4,
+        "num_warps": 8 if block_tokens > 64 or packed.dtype == torch.float32 else 4,
     }
     return constants, 1 / math.sqrt(head_width)
 

@@ -1,0 +1,52 @@
+"""The Triton kernels compile for GPUs, on any machine: interpreted kernels may do what no GPU can."""
+
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from sf_mllm.ops import attention_triton, convolution_triton, mixing_triton, sampling_triton  # noqa: E402
+
+WHOLE = "i32"
+SIZES = dict.fromkeys(
+    [
+        *("height", "width", "result_height", "result_width", "num_results", "num_points", "points_per_image"),
+        *("num_tokens", "tokens_per_image", "stride_image", "stride_channel", "stride_row", "stride_column"),
+    ],
+    WHOLE,
+)
+FLOATS = {
+    **dict.fromkeys(["scale", "natural_scale"], "fp32"),
+    **dict.fromkeys(["points", "points_grad", "features_grad"], "*fp32"),
+}
+ATTENTION = {"HEADS": 16, "WIDTH": 64, "BLOCK_TOKENS": 64, "BLOCK_WIDTH": 64}
+SAMPLING = {"CHANNELS": 64, "BORDER": True, "BLOCK_POINTS": 16, "BLOCK_CHANNELS": 64}
+MIXING = {**SAMPLING, "POINTS": 16, "OUTPUTS": 32, "BLOCK_OUTPUTS": 32}
+CONVOLUTION = {"CHANNELS": 64, "BLOCK_CHANNELS": 64, "BLOCK_PIXELS": 128, "NUM_BLOCKS": 5, "BLOCK_TAPS": 32}
+KERNELS = [
+    (attention_triton, "_forward_kernel", ATTENTION),
+    (attention_triton, "_backward_kernel", ATTENTION),
+    (sampling_triton, "_forward_kernel", SAMPLING),
+    (sampling_triton, "_backward_kernel", {**SAMPLING, "WITH_FEATURES": True}),
+    (mixing_triton, "_forward_kernel", MIXING),
+    (mixing_triton, "_backward_kernel", {**MIXING, "WITH_FEATURES": True}),
+    (convolution_triton, "_forward_kernel", CONVOLUTION),
+]
+"""With the constants of the large published encoder."""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{kernel[0].__name__.split('.')[-1]}{kernel[1]}")
+def test_a_kernel_compiles(kernel: tuple[Any, str, dict[str, int]], capability: int) -> None:
+    module, name, constants = kernel
+    function = getattr(module, name)
+    types = {argument: SIZES.get(argument, FLOATS.get(argument, "*bf16")) for argument in function.arg_names}
+    signature = {argument: "constexpr" if argument in constants else kind for argument, kind in types.items()}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= 100 * 1024  # of one program; an A100 has 164 KB for all that run at a time
