@@ -13,7 +13,7 @@ from torch import Tensor
 from sf_mllm.ops.implementations import REFERENCE
 from sf_mllm.ops.kernels import require_cuda
 from sf_mllm.ops.mixing import MIXING_IMPLEMENTATIONS
-from sf_mllm.ops.sampling_triton import locate_pixel, locate_points, sample
+from sf_mllm.ops.sampling_triton import locate_points, sample, spread_gradients
 
 _SMALLEST_BLOCK = 16  # of a matrix product
 LARGEST_BLOCK = 128
@@ -21,18 +21,31 @@ LARGEST_BLOCK = 128
 
 
 @triton.jit
-def _matrices(
-    parameters, token, point, output, channel,
-    POINTS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+def _mix(
+    features, points, parameters, token, tokens_per_image, point, output, channel,
+    height, width, stride_image, stride_channel, stride_row, stride_column,
+    POINTS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, BORDER: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Return where the channel matrix and the point matrix of a token lie, and what of a block there is."""
+    """Return X, X M, S (X M), fp32, and both matrices, M and S, with where they lie and what of a block there is."""
     start = token * (CHANNELS * CHANNELS + OUTPUTS * POINTS)
     row = tl.arange(0, BLOCK_CHANNELS)
     channel_place = start + row[:, None] * CHANNELS + channel[None, :]
     is_channel = (row < CHANNELS)[:, None] & (channel < CHANNELS)[None, :]
+    channel_matrix = tl.load(parameters + channel_place, mask=is_channel, other=0.0)
     point_place = start + CHANNELS * CHANNELS + output[:, None] * POINTS + point[None, :]
     is_point = (output < OUTPUTS)[:, None] & (point < POINTS)[None, :]
-    return channel_place, is_channel, point_place, is_point
+    point_matrix = tl.load(parameters + point_place, mask=is_point, other=0.0)
+    left, top, x_share, y_share, _x_moves, _y_moves = locate_points(
+        points, token * POINTS + point, point < POINTS, height, width, BORDER
+    )
+    sampled = sample(
+        features, token // tokens_per_image, left, top, x_share, y_share, point < POINTS, channel,
+        height, width, stride_image, stride_channel, stride_row, stride_column, CHANNELS,
+    ).to(features.dtype.element_ty).to(channel_matrix.dtype)  # fmt: skip
+    product = tl.dot(sampled, channel_matrix, input_precision="ieee").to(channel_matrix.dtype)
+    total = tl.dot(point_matrix, product, input_precision="ieee")
+    return sampled, product, total, channel_matrix, channel_place, is_channel, point_matrix, point_place, is_point
 
 
 @triton.jit
@@ -45,20 +58,11 @@ def _forward_kernel(
     token = tl.program_id(0).to(tl.int64)
     point, output = tl.arange(0, BLOCK_POINTS), tl.arange(0, BLOCK_OUTPUTS)
     channel = tl.arange(0, BLOCK_CHANNELS)
-    channel_place, is_channel, point_place, is_point = _matrices(
-        parameters, token, point, output, channel, POINTS, OUTPUTS, CHANNELS, BLOCK_CHANNELS
-    )
-    channel_matrix = tl.load(parameters + channel_place, mask=is_channel, other=0.0)
-    point_matrix = tl.load(parameters + point_place, mask=is_point, other=0.0)
-    left, top, x_share, y_share, _x_moves, _y_moves = locate_points(
-        points, token * POINTS + point, point < POINTS, height, width, BORDER
-    )
-    sampled = sample(
-        features, token // tokens_per_image, left, top, x_share, y_share, point < POINTS, channel,
-        height, width, stride_image, stride_channel, stride_row, stride_column, CHANNELS,
-    ).to(features.dtype.element_ty).to(channel_matrix.dtype)  # fmt: skip
-    product = tl.dot(sampled, channel_matrix, input_precision="ieee").to(channel_matrix.dtype)
-    total = tl.dot(point_matrix, product, input_precision="ieee")
+    _, _, total, _, _, _, _, _, _ = _mix(
+        features, points, parameters, token, tokens_per_image, point, output, channel,
+        height, width, stride_image, stride_channel, stride_row, stride_column,
+        POINTS, OUTPUTS, CHANNELS, BORDER, BLOCK_CHANNELS,
+    )  # fmt: skip
     result = 0.5 * total * (1 + tl.erf(total * 0.7071067811865476))
     tl.store(
         mixed + token * (OUTPUTS * CHANNELS) + output[:, None] * CHANNELS + channel[None, :],
@@ -76,23 +80,13 @@ def _backward_kernel(
     BLOCK_POINTS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    image = token // tokens_per_image
     point, output = tl.arange(0, BLOCK_POINTS), tl.arange(0, BLOCK_OUTPUTS)
     channel = tl.arange(0, BLOCK_CHANNELS)
-    channel_place, is_channel, point_place, is_point = _matrices(
-        parameters, token, point, output, channel, POINTS, OUTPUTS, CHANNELS, BLOCK_CHANNELS
-    )
-    channel_matrix = tl.load(parameters + channel_place, mask=is_channel, other=0.0)
-    point_matrix = tl.load(parameters + point_place, mask=is_point, other=0.0)
-    left, top, x_share, y_share, x_moves, y_moves = locate_points(
-        points, token * POINTS + point, point < POINTS, height, width, BORDER
-    )
-    sampled = sample(
-        features, image, left, top, x_share, y_share, point < POINTS, channel,
-        height, width, stride_image, stride_channel, stride_row, stride_column, CHANNELS,
-    ).to(features.dtype.element_ty).to(channel_matrix.dtype)  # fmt: skip
-    product = tl.dot(sampled, channel_matrix, input_precision="ieee").to(channel_matrix.dtype)
-    total = tl.dot(point_matrix, product, input_precision="ieee")
+    sampled, product, total, channel_matrix, channel_place, is_channel, point_matrix, point_place, is_point = _mix(
+        features, points, parameters, token, tokens_per_image, point, output, channel,
+        height, width, stride_image, stride_channel, stride_row, stride_column,
+        POINTS, OUTPUTS, CHANNELS, BORDER, BLOCK_CHANNELS,
+    )  # fmt: skip
     grad = tl.load(
         mixed_grad + token * (OUTPUTS * CHANNELS) + output[:, None] * CHANNELS + channel[None, :],
         mask=(output < OUTPUTS)[:, None] & (channel < CHANNELS)[None, :],
@@ -107,33 +101,14 @@ def _backward_kernel(
     channel_matrix_grad = tl.dot(tl.trans(sampled), product_grad, input_precision="ieee")
     tl.store(parameters_grad + channel_place, channel_matrix_grad.to(parameters_grad.dtype.element_ty), mask=is_channel)
     sampled_grad = tl.dot(product_grad, tl.trans(channel_matrix), input_precision="ieee")
-    x_grad = tl.zeros([BLOCK_POINTS], dtype=tl.float32)
-    y_grad = tl.zeros([BLOCK_POINTS], dtype=tl.float32)
-    for right in tl.static_range(2):
-        for bottom in tl.static_range(2):
-            place, exists = locate_pixel(
-                image, left + right, top + bottom, point < POINTS, height, width,
-                stride_image, stride_row, stride_column,
-            )  # fmt: skip
-            x_weight = x_share if right else 1 - x_share
-            y_weight = y_share if bottom else 1 - y_share
-            mask = exists[:, None] & (channel < CHANNELS)[None, :]
-            value = tl.load(features + place[:, None] + channel[None, :] * stride_channel, mask=mask, other=0.0)
-            along = tl.sum(sampled_grad * value.to(tl.float32), axis=1)
-            x_grad += (y_weight if right else -y_weight) * along
-            y_grad += (x_weight if bottom else -x_weight) * along
-            if WITH_FEATURES:
-                target, _exists = locate_pixel(  # channels last
-                    image, left + right, top + bottom, point < POINTS, height, width,
-                    height * width * CHANNELS, width * CHANNELS, CHANNELS,
-                )  # fmt: skip
-                tl.atomic_add(
-                    features_grad + target[:, None] + channel[None, :],
-                    (x_weight * y_weight)[:, None] * sampled_grad,
-                    mask=mask,
-                    sem="relaxed",
-                )
+    # Made once more here: keeping the places through all products costs registers.
     index = token * POINTS + point
+    left, top, x_share, y_share, x_moves, y_moves = locate_points(points, index, point < POINTS, height, width, BORDER)
+    x_grad, y_grad = spread_gradients(
+        features, features_grad, sampled_grad, token // tokens_per_image, left, top, x_share, y_share,
+        point < POINTS, channel,
+        height, width, stride_image, stride_channel, stride_row, stride_column, CHANNELS, WITH_FEATURES,
+    )  # fmt: skip
     tl.store(points_grad + 2 * index, tl.where(x_moves, x_grad * width, 0.0), mask=point < POINTS)
     tl.store(points_grad + 2 * index + 1, tl.where(y_moves, y_grad * height, 0.0), mask=point < POINTS)
 

@@ -66,6 +66,44 @@ def sample(
 
 
 @triton.jit
+def spread_gradients(
+    features, features_grad, sampled_grad, image, left, top, x_share, y_share, is_point, channel,
+    height, width, stride_image, stride_channel, stride_row, stride_column,
+    CHANNELS: tl.constexpr, WITH_FEATURES: tl.constexpr,
+):  # fmt: skip
+    """Return how a loss changes with points, in pixels, and add to the gradients of features, which lie channels last.
+
+    `sampled_grad` [points, channels] is fp32, and zero where there is no point or channel.
+    """
+    x_grad = tl.zeros([left.shape[0]], dtype=tl.float32)
+    y_grad = tl.zeros([left.shape[0]], dtype=tl.float32)
+    for right in tl.static_range(2):
+        for bottom in tl.static_range(2):
+            place, exists = locate_pixel(
+                image, left + right, top + bottom, is_point, height, width, stride_image, stride_row, stride_column
+            )
+            x_weight = x_share if right else 1 - x_share
+            y_weight = y_share if bottom else 1 - y_share
+            mask = exists[:, None] & (channel < CHANNELS)[None, :]
+            value = tl.load(features + place[:, None] + channel[None, :] * stride_channel, mask=mask, other=0.0)
+            product = tl.sum(sampled_grad * value.to(tl.float32), axis=1)
+            x_grad += (y_weight if right else -y_weight) * product
+            y_grad += (x_weight if bottom else -x_weight) * product
+            if WITH_FEATURES:
+                target, _exists = locate_pixel(
+                    image, left + right, top + bottom, is_point, height, width,
+                    height * width * CHANNELS, width * CHANNELS, CHANNELS,
+                )  # fmt: skip
+                tl.atomic_add(
+                    features_grad + target[:, None] + channel[None, :],
+                    (x_weight * y_weight)[:, None] * sampled_grad,
+                    mask=mask,
+                    sem="relaxed",
+                )
+    return x_grad, y_grad
+
+
+@triton.jit
 def _forward_kernel(
     features, points, sampled,
     num_points, points_per_image, height, width,
@@ -104,35 +142,17 @@ def _backward_kernel(
     y_grad = tl.zeros([BLOCK_POINTS], dtype=tl.float32)
     for first in range(0, CHANNELS, BLOCK_CHANNELS):
         channel = first + tl.arange(0, BLOCK_CHANNELS)
-        is_channel = channel < CHANNELS
         grad = tl.load(
             sampled_grad + index[:, None] * CHANNELS + channel[None, :],
-            mask=is_point[:, None] & is_channel[None, :],
+            mask=is_point[:, None] & (channel < CHANNELS)[None, :],
             other=0.0,
         ).to(tl.float32)
-        for right in tl.static_range(2):
-            for bottom in tl.static_range(2):
-                place, exists = locate_pixel(
-                    image, left + right, top + bottom, is_point, height, width, stride_image, stride_row, stride_column
-                )
-                x_weight = x_share if right else 1 - x_share
-                y_weight = y_share if bottom else 1 - y_share
-                mask = exists[:, None] & is_channel[None, :]
-                value = tl.load(features + place[:, None] + channel[None, :] * stride_channel, mask=mask, other=0.0)
-                product = tl.sum(grad * value.to(tl.float32), axis=1)
-                x_grad += (y_weight if right else -y_weight) * product
-                y_grad += (x_weight if bottom else -x_weight) * product
-                if WITH_FEATURES:
-                    target, _exists = locate_pixel(  # channels last
-                        image, left + right, top + bottom, is_point, height, width,
-                        height * width * CHANNELS, width * CHANNELS, CHANNELS,
-                    )  # fmt: skip
-                    tl.atomic_add(
-                        features_grad + target[:, None] + channel[None, :],
-                        (x_weight * y_weight)[:, None] * grad,
-                        mask=mask,
-                        sem="relaxed",
-                    )
+        x_part, y_part = spread_gradients(
+            features, features_grad, grad, image, left, top, x_share, y_share, is_point, channel,
+            height, width, stride_image, stride_channel, stride_row, stride_column, CHANNELS, WITH_FEATURES,
+        )  # fmt: skip
+        x_grad += x_part
+        y_grad += y_part
     tl.store(points_grad + 2 * index, tl.where(x_moves, x_grad * width, 0.0), mask=is_point)
     tl.store(points_grad + 2 * index + 1, tl.where(y_moves, y_grad * height, 0.0), mask=is_point)
 
