@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--files", type=int, default=2048, help="JPEG files to draw (default 2048)")
     parser.add_argument("--file-size", type=int, default=400, help="side of the JPEG files in pixels (default 400)")
     parser.add_argument(
-        "--kernels", nargs="+", choices=KERNEL_NAMES, default=[KERNEL_NAMES[0]], help="what samples and attends"
+        "--kernels", nargs="+", choices=KERNEL_NAMES, default=[KERNEL_NAMES[0]], help="what the student computes with"
     )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--work", type=Path, help="folder for files, store and runs (default: a temporary one)")

@@ -58,8 +58,8 @@ class StudentConfig:
     train_head: bool = False
     """Train the final norm, the attention pool and the projection too; else they stay the teacher's."""
     kernels: str = "torch"
-    """What reads feature maps and attends during training: "torch", or "triton", kernels for CUDA devices. They make no
-    other student."""
+    """What convolves, samples, mixes and attends during training: "torch", PyTorch's own operations, or "triton",
+    kernels for CUDA devices. They make no other student."""
 
 
 @dataclass
