@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from sf_mllm.ops.implementations import REFERENCE
+from sf_mllm.ops.implementations import REFERENCE, choose
 
 
 def attend(packed: Tensor, num_heads: int, implementation: str = REFERENCE) -> Tensor:
@@ -18,8 +18,11 @@ def attend(packed: Tensor, num_heads: int, implementation: str = REFERENCE) -> T
 
     Returns:
         [B, T, D], heads one after the other.
+
+    Raises:
+        ValueError: the implementation is not loaded.
     """
-    return ATTENTION_IMPLEMENTATIONS[implementation](packed, num_heads)
+    return choose(ATTENTION_IMPLEMENTATIONS, implementation)(packed, num_heads)
 
 
 def _attend_by_sdpa(packed: Tensor, num_heads: int) -> Tensor:

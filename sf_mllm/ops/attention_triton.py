@@ -16,9 +16,9 @@ from sf_mllm.ops.attention import ATTENTION_IMPLEMENTATIONS
 from sf_mllm.ops.implementations import REFERENCE
 from sf_mllm.ops.kernels import require_cuda
 
-LARGEST_NUM_TOKENS = 128
+_LARGEST_NUM_TOKENS = 128
 """More tokens, or wider heads, than a program can hold go to the reference."""
-LARGEST_HEAD_WIDTH = 128
+_LARGEST_HEAD_WIDTH = 128
 _SMALLEST_BLOCK = 16  # of a matrix product
 _LOG2_E = math.log2(math.e)
 
@@ -156,7 +156,7 @@ def _shape_of_programs(packed: Tensor, num_heads: int) -> tuple[dict[str, int], 
 
 def _attend_by_triton(packed: Tensor, num_heads: int) -> Tensor:
     require_cuda(packed, is_interpreted=_IS_INTERPRETED)
-    too_many = packed.shape[1] > LARGEST_NUM_TOKENS or packed.shape[2] > 3 * num_heads * LARGEST_HEAD_WIDTH
+    too_many = packed.shape[1] > _LARGEST_NUM_TOKENS or packed.shape[2] > 3 * num_heads * _LARGEST_HEAD_WIDTH
     if too_many or packed.dtype == torch.float64:
         return ATTENTION_IMPLEMENTATIONS[REFERENCE](packed, num_heads)
     return _attend(packed, num_heads)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sf_mllm.ops.implementations import REFERENCE
+from sf_mllm.ops.implementations import REFERENCE, choose
 
 STRIDE, PADDING = 2, 3
 
@@ -22,8 +22,11 @@ def convolve(pixel_values: Tensor, weight: Tensor, bias: Tensor, implementation:
 
     Returns:
         [B, C, ceil(H/2), ceil(W/2)]; whole pixels lie together in memory (channels last).
+
+    Raises:
+        ValueError: the implementation is not loaded.
     """
-    return CONVOLUTION_IMPLEMENTATIONS[implementation](pixel_values, weight, bias)
+    return choose(CONVOLUTION_IMPLEMENTATIONS, implementation)(pixel_values, weight, bias)
 
 
 def _convolve_by_conv2d(pixel_values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

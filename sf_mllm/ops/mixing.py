@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from sf_mllm.ops.implementations import REFERENCE
+from sf_mllm.ops.implementations import REFERENCE, choose
 from sf_mllm.ops.sampling import check_points, sample_points
 
 
@@ -49,8 +49,8 @@ def sample_and_mix(
 
     Source: arXiv 2312.01987; official adaptive_mixing without biases.
     """
-    check_points(feature_map, points_rel, implementation, MIXING_IMPLEMENTATIONS)
-    return MIXING_IMPLEMENTATIONS[implementation](feature_map, points_rel.float(), parameters, padding_mode)
+    check_points(feature_map, points_rel)
+    return choose(MIXING_IMPLEMENTATIONS, implementation)(feature_map, points_rel.float(), parameters, padding_mode)
 
 
 def _sample_and_mix_by_products(feature_map: Tensor, points: Tensor, parameters: Tensor, padding_mode: str) -> Tensor:

@@ -16,7 +16,7 @@ from sf_mllm.ops.mixing import MIXING_IMPLEMENTATIONS
 from sf_mllm.ops.sampling_triton import locate_points, sample, spread_gradients
 
 _SMALLEST_BLOCK = 16  # of a matrix product
-LARGEST_BLOCK = 128
+_LARGEST_BLOCK = 128
 """More channels or points than a program can hold go to the reference."""
 
 
@@ -199,7 +199,7 @@ def _shape_of_programs(mixed: Tensor, points: Tensor) -> dict[str, int]:
 def _sample_and_mix_by_triton(feature_map: Tensor, points: Tensor, parameters: Tensor, padding_mode: str) -> Tensor:
     require_cuda(feature_map, is_interpreted=_IS_INTERPRETED)
     largest = max(points.shape[2], *_shape_of_result(feature_map, points, parameters)[2:])
-    if largest > LARGEST_BLOCK or parameters.dtype == torch.float64:
+    if largest > _LARGEST_BLOCK or parameters.dtype == torch.float64:
         return MIXING_IMPLEMENTATIONS[REFERENCE](feature_map, points, parameters, padding_mode)
     return _sample_and_mix(feature_map, points, parameters, padding_mode == "border")
 

@@ -1,11 +1,11 @@
 """Bilinear reads of a feature map at continuous points."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from sf_mllm.ops.implementations import REFERENCE
+from sf_mllm.ops.implementations import REFERENCE, choose
 
 
 def sample_points(
@@ -29,24 +29,21 @@ def sample_points(
     Raises:
         ValueError: batch sizes differ, the last axis is not 2, or the implementation is not loaded.
     """
-    check_points(feature_map, points_rel, implementation, SAMPLING_IMPLEMENTATIONS)
-    return SAMPLING_IMPLEMENTATIONS[implementation](feature_map, points_rel.float(), padding_mode)
+    check_points(feature_map, points_rel)
+    return choose(SAMPLING_IMPLEMENTATIONS, implementation)(feature_map, points_rel.float(), padding_mode)
 
 
-def check_points(feature_map: Tensor, points_rel: Tensor, implementation: str, loaded: Iterable[str]) -> None:
-    """Check the arguments of what samples points.
+def check_points(feature_map: Tensor, points_rel: Tensor) -> None:
+    """Check the shapes of a feature map and of the points in it.
 
     Raises:
-        ValueError: batch sizes differ, the last axis is not 2, or the implementation is not among those `loaded`.
+        ValueError: batch sizes differ, or the last axis of the points is not 2.
     """
     if points_rel.shape[-1] != 2 or points_rel.shape[0] != feature_map.shape[0]:
         raise ValueError(
             f"Points must be [B, N, P, 2] with the batch size of the feature map, "
             f"got points {tuple(points_rel.shape)} and features {tuple(feature_map.shape)}."
         )
-    if implementation not in loaded:
-        known = ", ".join(f"'{name}'" for name in loaded)
-        raise ValueError(f"Sampling implementation '{implementation}' is not loaded; there is: {known}.")
 
 
 def _sample_by_grid_sample(feature_map: Tensor, points: Tensor, padding_mode: str) -> Tensor:

@@ -46,7 +46,7 @@ def test_gradients_reach_points_and_features() -> None:
 
 
 def test_an_implementation_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="'cuda' is not loaded; there is: 'torch'"):
+    with pytest.raises(ValueError, match="Implementation 'cuda' is not loaded; there is: 'torch'"):
         sample_points(ramp(4, 4), torch.rand(1, 2, 3, 2), padding_mode="border", implementation="cuda")
 
 
