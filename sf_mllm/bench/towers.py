@@ -31,8 +31,9 @@ def find_tower(name: str) -> TowerLoader:
         InputError: there is no such tower.
     """
     tower, at, kernels = name.rpartition("@")
-    if at and kernels in KERNEL_NAMES:
-        if tower not in _OURS and not tower.startswith("sparseformer:") and not Path(tower).expanduser().is_dir():
+    is_ours = tower in _OURS or tower.startswith("sparseformer:") or Path(tower).expanduser().is_dir()
+    if at and (is_ours or kernels in KERNEL_NAMES) and not Path(name).expanduser().is_dir():
+        if not is_ours:
             raise InputError(
                 f"Tower '{name}' is no encoder of ours, whose kernels '@{kernels}' would set; leave it out."
             )

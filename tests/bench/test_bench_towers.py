@@ -88,6 +88,8 @@ def test_kernels_of_an_encoder_of_ours_are_set_for_what_is_timed_only():
         variant(torch.randn(1, 3, 64, 64))
     with pytest.raises(InputError, match="no encoder of ours"):
         find_tower("open_clip:ViT-B-16@triton")
+    with pytest.raises(InputError, match=r"'tritn' are unknown\. Did you mean 'triton'"):
+        find_tower("demo@tritn")
 
 
 def test_published_sizes_are_random_with_regions_that_move():
