@@ -4,8 +4,14 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sf_mllm.ops.implementations import REFERENCE, choose
+
+
+_BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+"""Of PyTorch on CUDA, the fastest for few tokens first. PyTorch's own first choice is cuDNN, whose gradients are NaN for
+64 tokens (pytorch/pytorch#196678)."""
 
 
 def attend(packed: Tensor, num_heads: int, implementation: str = REFERENCE) -> Tensor:
@@ -28,7 +34,11 @@ def attend(packed: Tensor, num_heads: int, implementation: str = REFERENCE) -> T
 def _attend_by_sdpa(packed: Tensor, num_heads: int) -> Tensor:
     """The reference, by PyTorch's own operation."""
     query, key, value = packed.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    mixed = F.scaled_dot_product_attention(query, key, value)  # [B, heads, T, D / heads]
+    if packed.is_cuda:
+        with sdpa_kernel(_BACKENDS, set_priority=True):
+            mixed = F.scaled_dot_product_attention(query, key, value)  # [B, heads, T, D / heads]
+    else:
+        mixed = F.scaled_dot_product_attention(query, key, value)
     return mixed.transpose(1, 2).flatten(2)
 
 

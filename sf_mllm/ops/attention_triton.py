@@ -149,7 +149,7 @@ def _shape_of_programs(packed: Tensor, num_heads: int) -> tuple[dict[str, int], 
         "WIDTH": head_width,
         "BLOCK_TOKENS": block_tokens,
         "BLOCK_WIDTH": max(_SMALLEST_BLOCK, triton.next_power_of_2(head_width)),
-        "num_warps": 8 if block_tokens > 64 or packed.dtype == torch.float32 else 4,
+        "num_warps": 8 if block_tokens > 64 or packed.dtype == torch.float32 else 2,
     }
     return constants, 1 / math.sqrt(head_width)
 

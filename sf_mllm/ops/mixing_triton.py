@@ -193,7 +193,7 @@ def _shape_of_programs(mixed: Tensor, points: Tensor) -> dict[str, int]:
     """Return the constants that both kernels share."""
     sizes = {"POINTS": points.shape[2], "OUTPUTS": mixed.shape[2], "CHANNELS": mixed.shape[3]}
     blocks = {f"BLOCK_{name}": max(_SMALLEST_BLOCK, triton.next_power_of_2(size)) for name, size in sizes.items()}
-    return sizes | blocks | {"num_warps": 4}
+    return sizes | blocks | {"num_warps": 2}
 
 
 def _sample_and_mix_by_triton(feature_map: Tensor, points: Tensor, parameters: Tensor, padding_mode: str) -> Tensor:

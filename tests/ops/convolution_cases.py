@@ -21,8 +21,9 @@ SIZES = [(2, 16, 18, 64), (1, 1, 1, 5), (3, 7, 33, 96), (2, 20, 5, 16)]
 def gradients(convolve: Convolve, inputs: list[Tensor], factors: Tensor, implementation: str) -> list[Tensor]:
     """Return the result and the gradients of pixels, weight and bias."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    result = convolve(*leaves, implementation)
-    return [result, *torch.autograd.grad((result.float() * factors).sum(), leaves)]
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the way back is PyTorch's, which would round
+        result = convolve(*leaves, implementation)
+        return [result, *torch.autograd.grad((result.float() * factors).sum(), leaves)]
 
 
 def compare(implementation: str, device: str, convolve_with: Convolve = convolve) -> int:

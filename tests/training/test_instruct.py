@@ -39,6 +39,18 @@ def test_a_killed_run_resumes_and_ends_with_the_same_weights(parts, tmp_path, ki
     assert [start["resumed_from"] for start in record["starts"]] == [None, "checkpoint-2"]
 
 
+def test_attention_of_cudnn_is_off_while_a_run_trains(parts, tmp_path, monkeypatch):
+    is_enabled = torch.backends.cuda.cudnn_sdp_enabled
+    seen = []
+    step = instruct_run.InstructTrainer.training_step
+    monkeypatch.setattr(
+        instruct_run.InstructTrainer, "training_step", lambda *args: seen.append(is_enabled()) or step(*args)
+    )
+    assert is_enabled()
+    instruct_run.run_instruct(make_config(parts, tmp_path / "run", train={"max_steps": 2}))
+    assert is_enabled() and seen and not any(seen)
+
+
 @pytest.fixture(scope="module")
 def finished(parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"

@@ -12,6 +12,7 @@ from transformers import Trainer, set_seed
 from sf_mllm.data.collate import ConversationCollator
 from sf_mllm.training.arguments import make_training_arguments
 from sf_mllm.training.hub import check_repository_name, push_to_hub
+from sf_mllm.training.instruct.attention import without_cudnn_attention
 from sf_mllm.training.instruct.config import InstructConfig
 from sf_mllm.training.instruct.data import prepare_data
 from sf_mllm.training.instruct.parts import load_parts
@@ -51,7 +52,7 @@ def run_instruct(config: InstructConfig) -> Path:
     check_processes(run, arguments)
     if config.quantization is not None:
         refuse_split_quantized_weights(arguments)
-    with run.recording():
+    with run.recording(), without_cudnn_attention():
         with whole_weights(arguments):
             model, processor = build_model(config)
         record_fingerprints(run, model)
