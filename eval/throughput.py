@@ -36,7 +36,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     ),
     "gpu-chat": (
         *("chat", "random:sparseformer-7b", "random:llava-1.5-7b", *_GPU),
-        *("--batch", "1", "16", "--new-tokens", "32", "--mode", "eager", "cuda-graphs"),
+        *("--batch", "1", "16", "--new-tokens", "32", "--mode", "eager", "compiled-cuda-graphs"),
     ),
     "cpu": ("encoder", *_BASE, *_LARGE, *_LLAVA, *_CPU),
     "cpu-size": ("encoder", *_BASE[::2], *_CPU, *_SIZES),

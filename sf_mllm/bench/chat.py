@@ -23,7 +23,7 @@ from sf_mllm.bench.precision import computing_in
 from sf_mllm.bench.rows import COMPLETE, LOST_IN_NOISE, NO_PROCESSOR, Row, round_to
 from sf_mllm.bench.timing import Spread, Work, forget_peak, held_bytes, peak_gib, to_gib, wait
 from sf_mllm.errors import InputError
-from sf_mllm.inference.replay import Replay
+from sf_mllm.inference.replay import Replay, generation_config
 from sf_mllm.vlm.build import cast_weights
 
 PROTOCOL = "chat-speed-1"
@@ -31,8 +31,9 @@ PREPROCESS, ENCODER, FIRST, NEXT = "chat preprocess", "chat encoder", "first tok
 STEPS = (PREPROCESS, ENCODER, FIRST, NEXT)
 _ANSWER = "answer"
 _CHECKED_TOKENS = 4
-_RECORDED = "cuda-graphs"
-_CALLS_TO_RECORD = 3  # as it is, recorded, replayed
+_RECORDED = {"cuda-graphs": False, "compiled-cuda-graphs": True}
+"""Modes of `Replay`, and whether it compiles."""
+_CALLS_TO_RECORD = 4  # as it is, compiled, recorded, replayed
 
 
 @dataclass
@@ -114,7 +115,7 @@ def measure_chats(
 
 
 def _needs_cuda(mode: str) -> bool:
-    return mode == _RECORDED
+    return mode in _RECORDED
 
 
 def _compare(
@@ -173,13 +174,12 @@ def _prepare(row: Row, candidate: _Candidate, conditions: Conditions, new_tokens
     """Fill in what is known of a model at a batch size, check what it computes, and return what is to be timed."""
     chat, device = candidate.chat, conditions.device
     assert chat is not None and isinstance(row.batch, int)
-    is_recorded = row.mode == _RECORDED
     inputs = chat.make_inputs(row.batch)
     row.prompt_tokens = inputs["input_ids"].shape[1]
     row.height, row.width = inputs["pixel_values"].shape[-2:]
     row.visual_tokens = int((inputs["input_ids"][0] == chat.model.config.image_token_id).sum())
-    row.relative_error = round_to(_check_answer(chat.model, inputs, row.precision, device, is_recorded), 2)
-    replay = candidate.replay = Replay(chat.model) if is_recorded else None
+    row.relative_error = round_to(_check_answer(chat.model, inputs, row, device), 2)
+    replay = candidate.replay = _record(chat.model, row.mode)
 
     def encode() -> None:
         with computing_in(row.precision, device):
@@ -206,15 +206,17 @@ def _prepare(row: Row, candidate: _Candidate, conditions: Conditions, new_tokens
     return works
 
 
-def _check_answer(
-    model: Any, inputs: dict[str, Tensor], precision: str, device: torch.device, is_recorded: bool
-) -> float:
+def _record(model: Any, mode: str) -> Replay | None:
+    return Replay(model, compiled=_RECORDED[mode]) if mode in _RECORDED else None
+
+
+def _check_answer(model: Any, inputs: dict[str, Tensor], row: Row, device: torch.device) -> float:
     """Return the relative error of the logits of a short answer.
 
     Raises:
         WrongResultError: it is too large.
     """
-    replay = Replay(model) if is_recorded else None
+    replay, precision = _record(model, row.mode), row.precision
     with computing_in(precision, device):
         for _ in range(1 if replay is None else _CALLS_TO_RECORD):
             given = inputs if replay is None else replay.prepare(inputs, _CHECKED_TOKENS)
@@ -241,11 +243,5 @@ def _check_answer(
 
 def _generate(model: Any, inputs: dict[str, Any], tokens: int, *, output_logits: bool = False) -> Any:
     """Answer greedily with exactly so many tokens."""
-    return model.generate(
-        **inputs,
-        max_new_tokens=tokens,
-        do_sample=False,
-        use_cache=True,
-        return_dict_in_generate=True,
-        output_logits=output_logits,
-    )
+    settings = generation_config(tokens, use_cache=True, return_dict_in_generate=True, output_logits=output_logits)
+    return model.generate(**inputs, generation_config=settings)

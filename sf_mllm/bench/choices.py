@@ -19,6 +19,7 @@ MODES = {
 CHAT_MODES = {
     "eager": "transformers as it is",
     "cuda-graphs": "forward passes recorded as CUDA graphs, as the chat does it with --cuda-graphs",
+    "compiled-cuda-graphs": "the same, compiled before, as with --compile",
 }
 
 COMPILE_MODES = {"compiled": "default", "cuda-graphs": "reduce-overhead"}

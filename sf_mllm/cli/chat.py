@@ -52,8 +52,10 @@ def run(options: argparse.Namespace) -> int:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if options.cuda_graphs and (device := choose_device(options.device)).type != "cuda":
-        raise InputError(f"--cuda-graphs needs a CUDA device, got {device}; leave it out.")
+    is_recorded = options.cuda_graphs or options.compile
+    if is_recorded and (device := choose_device(options.device)).type != "cuda":
+        name = "--compile" if options.compile else "--cuda-graphs"
+        raise InputError(f"{name} needs a CUDA device, got {device}; leave it out.")
     started = time.perf_counter()
     model, processor = load_model(options.model, options.device, options.dtype)
     if options.verbose:
@@ -69,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
-        replay=Replay(model) if options.cuda_graphs else None,
+        replay=Replay(model, compiled=options.compile) if is_recorded else None,
     )
     if image is not None:
         session.set_image(image)

@@ -1,4 +1,4 @@
-"""Answers from recordings: on CUDA a model's forward passes are recorded as graphs and replayed.
+"""Answers from recordings: on CUDA a model's forward passes are recorded as graphs and replayed, compiled before or not.
 
 For each token Python starts some twenty kernels a layer, one by one, which can take longer than the kernels do when a
 batch is small. A CUDA graph starts all of them at once, but only for inputs of the shapes, and a cache at the address,
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from transformers import GenerationMixin, PreTrainedModel, StaticCache
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
 from sf_mllm.errors import InputError, first_line
@@ -26,7 +26,8 @@ PROMPT_STEP = 64
 """Prompts are padded to a multiple of this many tokens."""
 SHORTEST_CACHE = 512
 """Tokens of the smallest cache; larger ones double."""
-_PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+_LANGUAGE_MODEL = "language_model"
+_PARTS = ("vision_tower", "multi_modal_projector", _LANGUAGE_MODEL)
 _MAX_RECORDINGS = 64  # of one module; the one that was not used for longest makes room
 
 Recorder = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
@@ -40,12 +41,13 @@ class Replay:
     Args:
         model: of transformers' LLaVA family.
         record: how to record.
+        compiled: compile what is recorded, which takes minutes for a large language model.
 
     Raises:
         InputError: the model has other parts, or a cache that cannot be static throughout.
     """
 
-    def __init__(self, model: PreTrainedModel, record: Recorder | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, record: Recorder | None = None, *, compiled: bool = False) -> None:
         self._model = model
         parts: Any = getattr(model, "model", None)
         has_parts = all(hasattr(parts, name) for name in _PARTS)
@@ -55,7 +57,12 @@ class Replay:
                 "language model has sliding windows; take it as it is."
             )
         record = record or CudaGraphRecorder()
-        self._forwards = [ReplayedForward(getattr(parts, name), record) for name in _PARTS]
+        self._forwards = []
+        for name in _PARTS:
+            module = getattr(parts, name)
+            # Prompts have many lengths, images one size.
+            forward = torch.compile(module.forward, dynamic=name == _LANGUAGE_MODEL) if compiled else None
+            self._forwards.append(ReplayedForward(module, record, forward))
         names = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # the latter before transformers 5.24
         self._cache: StaticCache | None = None
@@ -69,8 +76,8 @@ class Replay:
             max_new_tokens: of the longest answer.
 
         Returns:
-            Arguments of `generate`, among them `input_ids` [B, T'] with T' >= T. They are good for one call; the next
-            call of `prepare` empties the cache.
+            Arguments of `generate`, among them `input_ids` [B, T'] with T' >= T, but for its settings, which must be
+            those of `generation_config`. They are good for one call; the next call of `prepare` empties the cache.
         """
         batch, length = inputs["input_ids"].shape
         padding = -length % PROMPT_STEP
@@ -81,7 +88,6 @@ class Replay:
             "input_ids": nn.functional.pad(inputs["input_ids"], (padding, 0), value=pad),
             "attention_mask": nn.functional.pad(inputs["attention_mask"], (padding, 0), value=0),
             self._cache_name: self._empty_cache(batch, length + padding + max_new_tokens),
-            "disable_compile": True,  # transformers would compile the steps after the prompt
         }
 
     def close(self) -> None:
@@ -105,7 +111,10 @@ class Replay:
 
 
 class ReplayedForward:
-    """A module's forward, recorded for each kind of input: run as it is the first time, recorded the second time.
+    """A module's forward, recorded for each kind of input: first run as it is, then recorded.
+
+    What is to be recorded in its place has a run between them, in which it is compiled. It could not have the first one:
+    there a cache takes its memory, and a graph of that would be good for nothing else.
 
     Inputs of one kind have the same structure, shapes, types and values that are no tensors. What trains, what is being
     compiled or recorded already, and what has a cache that grows is run as it is.
@@ -113,11 +122,13 @@ class ReplayedForward:
     Args:
         module: its `forward` is exchanged until `close`.
         record: how to record.
+        forward: what is recorded in its place, the same but faster; None: itself.
     """
 
-    def __init__(self, module: nn.Module, record: Recorder) -> None:
-        self._module, self._forward, self._record = module, module.forward, record
-        self._recordings: OrderedDict[Any, _Recording | None] = OrderedDict()
+    def __init__(self, module: nn.Module, record: Recorder, forward: Callable[..., Any] | None = None) -> None:
+        self._module, self._forward, self._record = module, forward or module.forward, record
+        self._first_runs = [module.forward] if forward is None else [module.forward, forward]
+        self._recordings: OrderedDict[Any, _Recording | int] = OrderedDict()  # or the number of runs so far
         self._cannot_be_recorded = False
         module.forward = self
 
@@ -129,14 +140,14 @@ class ReplayedForward:
         kind = _kind(leaves, structure)
         if kind is None or _is_recording():
             return self._forward(*args, **kwargs)
-        if kind not in self._recordings:
-            self._recordings[kind] = None
-            if len(self._recordings) > _MAX_RECORDINGS:
-                self._recordings.popitem(last=False)
-            return self._forward(*args, **kwargs)
-        recording = self._recordings[kind]
+        recording = self._recordings.setdefault(kind, 0)
         self._recordings.move_to_end(kind)
-        if recording is None:
+        if len(self._recordings) > _MAX_RECORDINGS:
+            self._recordings.popitem(last=False)
+        if isinstance(recording, int):
+            if recording < len(self._first_runs):
+                self._recordings[kind] = recording + 1
+                return self._first_runs[recording](*args, **kwargs)
             try:
                 recording = _Recording(self._forward, leaves, structure, self._record)
             except RuntimeError as error:  # a model that waits for the device in between, for example
@@ -164,7 +175,7 @@ class _Recording:
     """One recorded call with the memory of its inputs and outputs."""
 
     def __init__(self, forward: Callable[..., Any], leaves: list[Any], structure: Any, record: Recorder) -> None:
-        self._inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._inputs = [_clone(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(self._inputs, structure)
         outputs, self._play = record(lambda: forward(*args, **kwargs))
         self._outputs, self._structure = _flatten(outputs)
@@ -193,6 +204,32 @@ class CudaGraphRecorder:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = function()
         return outputs, graph.replay
+
+
+def generation_config(max_new_tokens: int, temperature: float = 0.0, **settings: Any) -> GenerationConfig:
+    """Return settings of `generate`; what they leave open is the model's own.
+
+    Given one by one in place of such an object they would make transformers build the model's configuration anew with
+    all its defaults for each answer, which takes longer than the prompt of a recorded model.
+
+    Args:
+        max_new_tokens: of the longest answer.
+        temperature: 0 takes the likeliest token each time, larger values sample.
+        settings: further fields of `GenerationConfig`.
+    """
+    # Greedy: neutral values in place of the model's own, of which transformers would say that they have no effect.
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature}
+    # Else transformers would compile the steps after the prompt as soon as the cache is static.
+    return GenerationConfig(max_new_tokens=max_new_tokens, disable_compile=True, **sampling, **settings)
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    """Return a copy that is a tensor of inference mode where the given one is: the compiler tells them apart."""
+    with torch.inference_mode(tensor.is_inference()):
+        copy = torch.empty_like(tensor)
+    return copy.copy_(tensor)
 
 
 def _flatten(values: Any) -> tuple[list[Any], Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteria, TextIteratorStreamer
 
 from sf_mllm.errors import InputError, is_valid_text
-from sf_mllm.inference.replay import Replay
+from sf_mllm.inference.replay import Replay, generation_config
 from sf_mllm.regions import seen_area
 
 
@@ -133,8 +133,7 @@ class ChatSession:
                 with torch.inference_mode():
                     outcome["tokens"] = self.model.generate(
                         **inputs,
-                        **self._sampling(),
-                        max_new_tokens=max_new_tokens,
+                        generation_config=generation_config(max_new_tokens, self.temperature),
                         streamer=streamer,
                         stopping_criteria=[_Stop(stop)],
                     )
@@ -170,11 +169,6 @@ class ChatSession:
                 ]
         if "error" in outcome:
             raise outcome["error"]
-
-    def _sampling(self) -> dict[str, Any]:
-        if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"do_sample": True, "temperature": self.temperature}
 
     @torch.inference_mode()
     def regions(self) -> Tensor:

@@ -130,6 +130,7 @@ def test_regions_that_cannot_be_saved(run, image_path, tmp_path):
         (["--prompt", "x", "--model", "no/such/model"], "does not exist"),
         (["--prompt", "x", "--device", "gpu"], "Device 'gpu' is unknown"),
         (["--prompt", "x", "--cuda-graphs"], "--cuda-graphs needs a CUDA device, got cpu; leave it out."),
+        (["--prompt", "x", "--compile"], "--compile needs a CUDA device, got cpu; leave it out."),
         (["--prompt", "x", "--dtype", "float61"], "Did you mean 'float16'?"),
         (["--prompt", "x", "--temperature", "-1"], "must be 0 or a positive number, got '-1'"),
         (["--prompt", "x", "--temperature", "nan"], "must be 0 or a positive number"),

@@ -1,11 +1,13 @@
 """Recordings of forward passes; on a CPU they are lists of operations, replayed without the Python that made them."""
 
+import functools
 import inspect
 import logging
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, GenerationMixin, MistralConfig
 
 from sf_mllm.errors import InputError
@@ -56,6 +58,37 @@ def test_replayed_conversations_are_those_without(model_and_processor, replay):
         assert converse(model_and_processor, replay, image) == expected
     assert len(set(expected)) > 1
     assert recorder.recorded < 12 < 60 < recorder.played
+
+
+def test_compiled_conversations_are_those_without(model_and_processor, monkeypatch):
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        graphs.append(graph)
+        return graph.forward
+
+    def record(function):  # no tape: operations under a dispatch mode are not compiled
+        outputs, is_first = function(), [True]
+
+        def play() -> None:
+            for own, new in [] if is_first else zip(tree_leaves(outputs), tree_leaves(function()), strict=True):
+                if isinstance(own, Tensor):
+                    own.copy_(new)
+            is_first.clear()
+
+        return outputs, play
+
+    torch._dynamo.reset()
+    expected = converse(model_and_processor)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
+    replay = Replay(model_and_processor[0], record, compiled=True)
+    for _ in range(3):
+        assert converse(model_and_processor, replay) == expected
+    for length in range(1, 40, 12):
+        session = ChatSession(*model_and_processor, max_new_tokens=3, replay=replay)
+        "".join(session.ask("what " * length))
+    replay.close()
+    assert len(graphs) == 4  # encoder, projector, prompts of any length, further tokens
 
 
 def test_prompts_of_many_lengths_share_recordings(model_and_processor, replay):
@@ -243,13 +276,14 @@ def test_a_model_of_other_parts_or_with_sliding_windows_is_refused(model_and_pro
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_recorded_graphs_on_a_gpu(caplog):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recorded_graphs_on_a_gpu(compiled, caplog):
     model, processor = make_sf_llava()
     model.cuda()
-    images = [make_image(seed) for seed in range(3)]
+    images = [make_image(seed) for seed in range(4)]
     expected = [converse((model, processor), image=image) for image in images]
     record, recorded = CudaGraphRecorder(), []
-    replay = Replay(model, lambda function: recorded.append(record(function)) or recorded[-1])
+    replay = Replay(model, lambda function: recorded.append(record(function)) or recorded[-1], compiled=compiled)
     with caplog.at_level(logging.WARNING):
         for image, answers in zip(images, expected, strict=True):
             assert converse((model, processor), replay, image) == answers
