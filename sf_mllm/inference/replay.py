@@ -1,4 +1,4 @@
-"""Answers from recordings: on CUDA a model's forward passes are recorded as graphs and replayed, compiled before or not.
+"""Answers from recordings: on CUDA a model's forward passes, compiled or not, are recorded as graphs and replayed.
 
 For each token Python starts some twenty kernels a layer, one by one, which can take longer than the kernels do when a
 batch is small. A CUDA graph starts all of them at once, but only for inputs of the shapes, and a cache at the address,
@@ -113,8 +113,8 @@ class Replay:
 class ReplayedForward:
     """A module's forward, recorded for each kind of input: first run as it is, then recorded.
 
-    What is to be recorded in its place has a run between them, in which it is compiled. It could not have the first one:
-    there a cache takes its memory, and a graph of that would be good for nothing else.
+    What is to be recorded in its place has a run between them, in which it is compiled. It could not have the first
+    one: there a cache takes its memory, and a graph of that would be good for nothing else.
 
     Inputs of one kind have the same structure, shapes, types and values that are no tensors. What trains, what is being
     compiled or recorded already, and what has a cache that grows is run as it is.

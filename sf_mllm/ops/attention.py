@@ -8,10 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sf_mllm.ops.implementations import REFERENCE, choose
 
-
 _BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-"""Of PyTorch on CUDA, the fastest for few tokens first. PyTorch's own first choice is cuDNN, whose gradients are NaN for
-64 tokens (pytorch/pytorch#196678)."""
+"""Of PyTorch on CUDA, the fastest for few tokens first. PyTorch's own first choice is cuDNN, whose gradients can be NaN
+for 64 tokens (pytorch/pytorch#196678)."""
 
 
 def attend(packed: Tensor, num_heads: int, implementation: str = REFERENCE) -> Tensor:

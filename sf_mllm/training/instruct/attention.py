@@ -10,8 +10,8 @@ import torch
 def without_cudnn_attention() -> Iterator[None]:
     """Let PyTorch choose among its other implementations, on CUDA.
 
-    Since 2.11 cuDNN is its first choice. There a masked query's gradient is NaN for certain lengths, 64 among them, where
-    all scores of a row are strongly negative, as those of language models can be (pytorch/pytorch#196678).
+    Since 2.11 cuDNN is its first choice. There a masked query's gradient is NaN for certain lengths, 64 among them,
+    where all scores of a row are strongly negative, as those of language models can be (pytorch/pytorch#196678).
     """
     was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
