@@ -122,6 +122,8 @@ def _compare(
     candidates: list[_Candidate], conditions: Conditions, mode: str, batch: int, new_tokens: int
 ) -> Iterator[Row]:
     """Measure all models in one mode at one batch size."""
+    if _RECORDED.get(mode):
+        torch._dynamo.reset()  # a limit on how often one function is compiled counts earlier batch sizes, too
     rows: dict[str, Row] = {}
     for candidate in candidates:
         row = rows[candidate.row.model] = replace(candidate.row, mode=mode, batch=batch)
