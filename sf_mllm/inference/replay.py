@@ -63,13 +63,19 @@ class Replay:
             # Prompts have many lengths, images one size.
             forward = torch.compile(module.forward, dynamic=name == _LANGUAGE_MODEL) if compiled else None
             self._forwards.append(ReplayedForward(module, record, forward))
+        self._parts = parts
+        self._get_image_features = parts.get_image_features
+        parts.get_image_features = self._look_once
+        self._seen: tuple[Tensor, Any] | None = None
         names = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # the latter before transformers 5.24
         self._cache: StaticCache | None = None
         self._cache_shape = (0, 0)
 
     def prepare(self, inputs: dict[str, Tensor], max_new_tokens: int) -> dict[str, Any]:
-        """Pad prompts on the left and give them an empty cache.
+        """Pad prompts on the left and give them an empty cache; let the device begin to look at the images.
+
+        It looks while `generate` prepares itself, which takes the host about as long.
 
         Args:
             inputs: of `generate`, with `input_ids` [B, T] and `attention_mask`; what else is in it stays.
@@ -79,6 +85,10 @@ class Replay:
             Arguments of `generate`, among them `input_ids` [B, T'] with T' >= T, but for its settings, which must be
             those of `generation_config`. They are good for one call; the next call of `prepare` empties the cache.
         """
+        if "pixel_values" in inputs:
+            with torch.inference_mode():
+                features = self._get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
+            self._seen = (inputs["pixel_values"], features)
         batch, length = inputs["input_ids"].shape
         padding = -length % PROMPT_STEP
         config = self._model.generation_config
@@ -94,7 +104,15 @@ class Replay:
         """Give the model its own forwards back and forget all recordings."""
         for forward in self._forwards:
             forward.close()
-        self._cache, self._cache_shape = None, (0, 0)
+        del self._parts.get_image_features
+        self._cache, self._cache_shape, self._seen = None, (0, 0), None
+
+    def _look_once(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        """Return features that `prepare` has asked for, or make them."""
+        seen, self._seen = self._seen, None
+        if seen is not None and seen[0] is pixel_values:
+            return seen[1]
+        return self._get_image_features(pixel_values, **kwargs)
 
     def _empty_cache(self, batch: int, length: int) -> StaticCache:
         capacity = SHORTEST_CACHE

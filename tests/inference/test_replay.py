@@ -18,6 +18,7 @@ from sf_mllm.inference.replay import (
     CudaGraphRecorder,
     Replay,
     ReplayedForward,
+    generation_config,
 )
 from sf_mllm.inference.session import ChatSession
 from tests.tape import TapeRecorder
@@ -89,6 +90,31 @@ def test_compiled_conversations_are_those_without(model_and_processor, monkeypat
         "".join(session.ask("what " * length))
     replay.close()
     assert len(graphs) == 4  # encoder, projector, prompts of any length, further tokens
+
+
+def test_an_image_is_looked_at_once_and_before_the_answer(model_and_processor, replay):
+    replay, _ = replay
+    model, processor = model_and_processor
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image", "image": make_image(1)}, {"type": "text", "text": "What?"}]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    looks, tower = [], model.model.vision_tower.forward
+    model.model.vision_tower.forward = lambda *args, **kwargs: looks.append(None) or tower(*args, **kwargs)
+    try:
+        for turn in range(3):
+            given = replay.prepare(inputs, 4)
+            assert len(looks) == turn + 1
+            with torch.inference_mode():
+                model.generate(**given, generation_config=generation_config(4))
+            assert len(looks) == turn + 1
+        model.get_image_features(pixel_values=inputs["pixel_values"])
+        assert len(looks) == 4
+    finally:
+        model.model.vision_tower.forward = tower
 
 
 def test_prompts_of_many_lengths_share_recordings(model_and_processor, replay):
