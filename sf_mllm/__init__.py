@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sf_mllm.encoder.image_processing_sparseformer import SparseFormerImageProcessor
     from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel, SparseFormerOutput
     from sf_mllm.encoder.open_clip_tower import replace_visual
+    from sf_mllm.encoder.quantization import quantize_cortex
     from sf_mllm.encoder.weights_official import load_official_checkpoint
     from sf_mllm.registration import register_auto_classes
     from sf_mllm.vlm.configuration_sf_llava import SFLlavaConfig
@@ -26,6 +27,7 @@ _MODULE_OF = {
     "SparseFormerModel": "sf_mllm.encoder.modeling_sparseformer",
     "SparseFormerOutput": "sf_mllm.encoder.modeling_sparseformer",
     "replace_visual": "sf_mllm.encoder.open_clip_tower",
+    "quantize_cortex": "sf_mllm.encoder.quantization",
     "load_official_checkpoint": "sf_mllm.encoder.weights_official",
     "register_auto_classes": "sf_mllm.registration",
     "SFLlavaConfig": "sf_mllm.vlm.configuration_sf_llava",
@@ -44,6 +46,7 @@ __all__ = [
     "SparseFormerModel",
     "SparseFormerOutput",
     "load_official_checkpoint",
+    "quantize_cortex",
     "register_auto_classes",
     "replace_visual",
 ]

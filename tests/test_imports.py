@@ -36,6 +36,7 @@ ONLY_IN = {
     "peft": {"vlm/adapters.py", "training"},
     "open_clip": {"training", "encoder/open_clip_tower.py", "bench/library_towers.py"},
     "timm": {"training", "encoder/vit_timm.py", "bench/library_towers.py"},
+    "torchao": {"encoder/quantization.py"},
     "omegaconf": {"config.py", "training"},
     "accelerate": {"training"},
     "matplotlib": {"training/report/figures.py", "bench/plot.py"},
@@ -122,11 +123,11 @@ assert not heavy, heavy
 def test_the_encoder_needs_torch_and_transformers_only():
     code = """
 import sys
-for name in ("open_clip", "timm", "peft", "accelerate", "omegaconf", "deepspeed", "datasets"):
+for name in ("open_clip", "timm", "peft", "accelerate", "omegaconf", "deepspeed", "datasets", "torchao"):
     sys.modules[name] = None  # importing it raises
 import sf_mllm
 sf_mllm.SparseFormerModel, sf_mllm.SparseFormerConfig, sf_mllm.SparseFormerImageProcessor
-sf_mllm.load_official_checkpoint, sf_mllm.replace_visual
+sf_mllm.load_official_checkpoint, sf_mllm.replace_visual, sf_mllm.quantize_cortex
 """
     result = run_python(code)
     assert result.returncode == 0, result.stderr

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from sf_mllm import SparseFormerModel
 from sf_mllm.bench.arguments import parse_arguments as parse_bench_arguments
 from sf_mllm.bench.towers import find_tower
 from sf_mllm.cli.arguments import parse_arguments
@@ -93,6 +94,26 @@ def test_encoder_example_runs(tmp_path, monkeypatch):
     assert output.pooler_output.shape == (1, encoder.config.projection_size)
     assert output.last_hidden_state.shape == (1, encoder.config.num_tokens, encoder.config.hidden_size)
     assert output.rois[:, -1].shape == (1, encoder.config.num_latents, 4)
+
+
+def test_quantised_examples_run(tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    make_encoder().save_pretrained(tmp_path / "runs/eye/encoder")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    by_function, by_transformers = (
+        {"SparseFormerModel": SparseFormerModel, "encoder": SparseFormerModel.from_pretrained("runs/eye/encoder")}
+        for _ in range(2)
+    )
+    exec(next(block for block in blocks("python") if "quantize_cortex" in block), by_function)
+    exec(next(block for block in blocks("python") if "TorchAoConfig" in block), by_transformers)
+    pixel_values = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        first, second = (names["encoder"](pixel_values) for names in (by_function, by_transformers))
+        plain = SparseFormerModel.from_pretrained("runs/eye/encoder")(pixel_values)
+    assert not torch.equal(first.last_hidden_state, plain.last_hidden_state)
+    # Up to 0.17 torchao's default rounds differently from what `quantize_cortex` asks for.
+    assert (first.last_hidden_state - second.last_hidden_state).norm() < 0.02 * plain.last_hidden_state.norm()
 
 
 def test_teacher_of_the_example_is_published():

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sf_mllm.bench.conditions import Conditions, refuse_repeated
 from sf_mllm.bench.correctness import check_output, check_reference
@@ -140,7 +141,7 @@ def _prepare(row: Row, candidate: _Candidate, conditions: Conditions) -> Work:
     held = held_bytes(device)
     assert isinstance(row.batch, int)
     module = prepare_variant(tower.module, precision, row.mode, device, tower.kernels)
-    row.weights_gib = to_gib(_count_bytes(module))
+    row.weights_gib = to_gib(sum(_count_bytes(tensor) for tensor in (*module.parameters(), *module.buffers())))
     dtype = next(module.parameters()).dtype
     pixel_values = tower.normalise(conditions.images.pixels(row.batch, tower.size)).to(device, dtype)
 
@@ -158,5 +159,8 @@ def _prepare(row: Row, candidate: _Candidate, conditions: Conditions) -> Work:
     return work
 
 
-def _count_bytes(module: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+def _count_bytes(tensor: Tensor) -> int:
+    if is_traceable_wrapper_subclass(tensor):  # a quantised one claims the size of the values that it stands for
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_count_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sf_mllm.bench.choices import COMPILE_MODES
-from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
+from sf_mllm.bench.our_towers import EncoderTokens
+from sf_mllm.encoder.quantization import QUANTIZATIONS, check_quantization, quantize_cortex, quantize_layers
 from sf_mllm.errors import InputError
 
-_WEIGHTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_WEIGHTS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.bfloat16}
 _AUTOCAST = {"bfloat16-autocast": torch.bfloat16, "float16-autocast": torch.float16}
 TOLERANCES = {
     "float32": 1e-3,
@@ -21,17 +23,21 @@ TOLERANCES = {
     "float16": 0.02,
     "bfloat16-autocast": 0.1,
     "float16-autocast": 0.02,
+    "float8": 0.1,
+    "int8": 0.1,
 }
 """Largest relative error against eager float32 that passes: about twice the largest of eval/results/precision.csv for
-the 16-bit ones. What computes something else is off by far more."""
+the 16-bit ones, and what bfloat16 gets for the 8-bit ones. What computes something else is off by far more."""
 
 
 def check_support(precision: str, mode: str, device: torch.device) -> None:
-    """Refuse what a device cannot do.
+    """Refuse what cannot be done here.
 
     Raises:
-        InputError: it cannot.
+        InputError: the device cannot do it, or torchao is not installed.
     """
+    if precision in QUANTIZATIONS:
+        check_quantization(precision, device)
     if device.type != "cuda":
         if precision == "tf32":
             raise InputError(f"Precision 'tf32' needs a CUDA device, got {device}; take float32.")
@@ -42,7 +48,7 @@ def check_support(precision: str, mode: str, device: torch.device) -> None:
 def prepare_variant(
     module: nn.Module, precision: str, mode: str, device: torch.device, kernels: str | None = None
 ) -> nn.Module:
-    """Return a copy of a float32 module on the device, cast and compiled as asked; calls need `computing_in`.
+    """Return a copy of a float32 module on the device, cast, quantised and compiled; calls need `computing_in`.
 
     Args:
         module: of a tower.
@@ -50,14 +56,38 @@ def prepare_variant(
         mode: of `choices.MODES`.
         device: to compute on.
         kernels: see `Tower.kernels`.
+
+    Raises:
+        InputError: there is nothing to quantise.
     """
     variant = copy.deepcopy(module).to(device, _WEIGHTS.get(precision, torch.float32))
     if kernels is not None:
-        assert isinstance(variant.encoder, SparseFormerModel), "other towers have none"
+        assert isinstance(variant, EncoderTokens), "other towers have none"
         variant.encoder.set_kernels(kernels)
+    if precision in QUANTIZATIONS:
+        _quantize_blocks(variant, precision)
     if mode == "eager":
         return variant
     return torch.compile(variant, dynamic=False, mode=COMPILE_MODES[mode])  # type: ignore[return-value]
+
+
+def _quantize_blocks(variant: nn.Module, name: str) -> None:
+    """Quantise the transformer blocks of any tower as `quantize_cortex` quantises ours."""
+    if isinstance(variant, EncoderTokens):
+        quantize_cortex(variant.encoder, name)
+        return
+    # Of whatever library: blocks are what a tower has a numbered list of. The output layer of PyTorch's own attention
+    # is read by the attention itself, which takes no quantised weights; its input layer is no linear layer at all.
+    layers = [
+        module
+        for path, module in variant.named_modules()
+        if isinstance(module, nn.Linear)
+        and not isinstance(module, NonDynamicallyQuantizableLinear)
+        and any(step.isdecimal() for step in path.split("."))
+    ]
+    if not layers:
+        raise InputError(f"The tower has no blocks with linear layers, so that '{name}' would change nothing.")
+    quantize_layers(layers, name)
 
 
 @contextmanager

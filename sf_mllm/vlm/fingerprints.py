@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
@@ -113,7 +114,8 @@ def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> str | None
 
 
 def _has_whole_values(tensor: Tensor) -> bool:
-    is_quantised = tensor.element_size() == 1
+    # By bitsandbytes; by torchao, whose tensors claim the type of the values that they stand for.
+    is_quantised = tensor.element_size() == 1 or is_traceable_wrapper_subclass(tensor)
     is_split = hasattr(tensor, "ds_id") or hasattr(tensor, "full_tensor")  # by DeepSpeed's ZeRO-3, by FSDP
     return not (tensor.is_meta or is_quantised or is_split)
 

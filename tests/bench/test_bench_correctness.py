@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from sf_mllm.bench.choices import PRECISIONS
 from sf_mllm.bench.correctness import WrongResultError, check_output, check_reference
 from sf_mllm.bench.precision import TOLERANCES
 
@@ -31,6 +32,10 @@ WRONG = {
 def test_wrong_outputs_do_not(reference, precision, change):
     with pytest.raises(WrongResultError, match="wrong: relative error"):
         check_output(change(reference, TOLERANCES[precision]), reference, precision)
+
+
+def test_every_precision_has_a_tolerance():
+    assert TOLERANCES.keys() == PRECISIONS.keys()
 
 
 def test_another_number_of_tokens_is_wrong(reference):

@@ -10,6 +10,7 @@ from sf_mllm.bench.encoder import measure_encoders
 from sf_mllm.bench.images import Images
 from sf_mllm.bench.precision import computing_in
 from sf_mllm.bench.timing import forget_peak, held_bytes, peak_gib, time_call
+from sf_mllm.encoder.quantization import QUANTIZATIONS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,13 +47,19 @@ def test_tf32_is_on_only_where_it_is_asked_for():
     assert not torch.equal(results["float32"], results["tf32"])
 
 
-def test_every_precision_and_mode():
+@pytest.mark.parametrize("is_quantised", [False, True])
+def test_every_precision_and_mode(is_quantised):
+    precisions = [name for name in PRECISIONS if (name in QUANTIZATIONS) == is_quantised]
+    if is_quantised:
+        pytest.importorskip("torchao")
+        if torch.cuda.get_device_capability(CUDA) < (8, 9):
+            precisions.remove("float8")
     rows = list(
         measure_encoders(
-            ["demo", "demo:clip"], CONDITIONS, sizes=[None], batches=[2], precisions=list(PRECISIONS), modes=list(MODES)
+            ["demo", "demo:clip"], CONDITIONS, sizes=[None], batches=[2], precisions=precisions, modes=list(MODES)
         )
     )
-    assert len(rows) == 2 * len(PRECISIONS) * len(MODES)
+    assert len(rows) == 2 * len(precisions) * len(MODES)
     assert {row.outcome for row in rows} == {"complete"}
     assert all(row.peak_memory_gib > 0 for row in rows)
 

@@ -4,7 +4,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, LlavaConfig
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import CLIPVisionConfig, LlavaConfig, TorchAoConfig
 
 from sf_mllm.errors import InputError
 from sf_mllm.vlm.build import cast_weights
@@ -59,6 +61,11 @@ def test_values_that_cannot_be_read_have_no_fingerprint():
     quantised = torch.nn.Linear(2, 2)
     quantised.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
     assert fingerprint(quantised) is None
+    wrapped = torch.nn.Linear(2, 2)
+    wrapped.weight = torch.nn.Parameter(
+        TwoTensor(torch.zeros(2, 2), torch.zeros(2, 2))
+    )  # as torchao's look from outside
+    assert fingerprint(wrapped) is None
     unknown, known = Fingerprints(), Fingerprints(encoder="a", decoder="b")
     unknown.refuse_other(known, owner="", otherwise="")
     known.refuse_other(unknown, owner="", otherwise="")
@@ -138,6 +145,25 @@ def test_a_model_without_a_record_is_not_checked(saved_copy):
     model = SFLlavaForConditionalGeneration.from_pretrained(saved_copy)
     model.save_pretrained(saved_copy)
     assert model.config.fingerprints is None
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "language_model"])
+def test_weights_that_torchao_quantises_while_they_are_loaded_are_not_compared(saved_copy, tmp_path, part):
+    quantization = pytest.importorskip("torchao.quantization")
+    others = {"vision_tower", "language_model"} - {part}
+    skipped = [*(f"model.{other}" for other in others), "model.multi_modal_projector", "lm_head"]
+    skipped.append(r"model.vision_tower.(stem|initial|focusing|projection)")
+    eight_bits = quantization.Int8WeightOnlyConfig(set_inductor_config=False, version=2)
+    config = TorchAoConfig(eight_bits, modules_to_not_convert=skipped)
+    model = SFLlavaForConditionalGeneration.from_pretrained(saved_copy, quantization_config=config)
+    recorded = Fingerprints.from_record(model.config.fingerprints)
+    assert None not in recorded.to_record().values()
+    model.save_pretrained(tmp_path / "quantised")
+    again = SFLlavaForConditionalGeneration.from_pretrained(tmp_path / "quantised")
+    quantised = {name for name, weight in again.named_parameters() if is_traceable_wrapper_subclass(weight)}
+    assert quantised and all(name.startswith(f"model.{part}.") for name in quantised)
+    assert all(is_traceable_wrapper_subclass(model.get_parameter(name)) for name in quantised)
+    assert len([value for value in again.config.fingerprints.values() if value is None]) == 1  # the quantised part
 
 
 def test_a_stock_llava_of_576_tokens_is_refused_in_one_sentence(tmp_path):
