@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.rows import append_rows
+from eval.rows import RESULTS, append_rows
 from sf_mllm.bench.rows import describe_provenance
 
 
@@ -28,3 +28,14 @@ def test_only_a_cpu_is_called_one():
     on_cpu, on_apple = (describe_provenance(device)["device"] for device in ("cpu", "mps"))
     assert on_cpu.startswith("CPU ") and on_apple.startswith("MPS ")
     assert on_cpu.removeprefix("CPU ") == on_apple.removeprefix("MPS ")
+
+
+def test_committed_results_are_whole_tables():
+    files = sorted(RESULTS.glob("*.csv"))
+    assert files
+    for path in files:
+        text = path.read_bytes().decode()
+        assert "\r" not in text and text.endswith("\n"), path.name
+        header, *rows = csv.reader(text.splitlines())
+        assert rows and all(len(row) == len(header) for row in rows), path.name
+        assert {"date", "command"} <= set(header), path.name
