@@ -41,7 +41,7 @@ def _softmax(query, key, token, num_tokens, scale):
 
 
 @triton.jit
-def _forward_kernel(
+def _attend_kernel(
     packed, mixed, num_tokens, scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _attend_backward_kernel(
     packed, mixed_grad, packed_grad, num_tokens, scale, natural_scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def _backward_kernel(
     tl.store(packed_grad + place + HEADS * WIDTH, key_grad.to(packed_grad.dtype.element_ty), mask=mask)
 
 
-_IS_INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
+_IS_INTERPRETED = not isinstance(_attend_kernel, triton.JITFunction)
 """A constant, since the compiler of PyTorch cannot ask what a kernel is."""
 
 
@@ -99,7 +99,7 @@ def _attend(packed: Tensor, num_heads: int) -> Tensor:
     mixed = packed.new_empty(batch_size, num_tokens, width)
     if mixed.numel():
         shape, scale = _shape_of_programs(packed, num_heads)
-        _forward_kernel[(batch_size * num_heads,)](packed, mixed, num_tokens, scale * _LOG2_E, **shape)
+        _attend_kernel[(batch_size * num_heads,)](packed, mixed, num_tokens, scale * _LOG2_E, **shape)
     return mixed
 
 
@@ -116,7 +116,7 @@ def _attend_backward(packed: Tensor, mixed_grad: Tensor, num_heads: int) -> Tens
     packed_grad = torch.empty_like(packed)
     if packed_grad.numel():
         shape, scale = _shape_of_programs(packed, num_heads)
-        _backward_kernel[(batch_size * num_heads,)](
+        _attend_backward_kernel[(batch_size * num_heads,)](
             packed, mixed_grad, packed_grad, num_tokens, scale * _LOG2_E, scale, **shape
         )
     return packed_grad

@@ -22,7 +22,7 @@ _SMALLEST_BLOCK = 16  # of a matrix product
 
 
 @triton.jit
-def _forward_kernel(
+def _convolve_kernel(
     pixels, weight, bias, result,
     num_results, height, width, result_height, result_width,
     stride_image, stride_channel, stride_row, stride_column,
@@ -56,7 +56,7 @@ def _forward_kernel(
     )
 
 
-_IS_INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
+_IS_INTERPRETED = not isinstance(_convolve_kernel, triton.JITFunction)
 """A constant, since the compiler of PyTorch cannot ask what a kernel is."""
 
 
@@ -71,7 +71,7 @@ def _convolve(pixel_values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         taps = weight.permute(2, 3, 1, 0).reshape(num_taps, channels)
         taps = F.pad(taps, (0, block_channels - channels, 0, _NUM_BLOCKS * _BLOCK_TAPS - num_taps)).contiguous()
         num_results = batch_size * result_height * result_width
-        _forward_kernel[(triton.cdiv(num_results, _BLOCK_PIXELS),)](
+        _convolve_kernel[(triton.cdiv(num_results, _BLOCK_PIXELS),)](
             pixel_values, taps, bias.contiguous(), result,
             num_results, *pixel_values.shape[2:], result_height, result_width, *pixel_values.stride(),
             CHANNELS=channels, BLOCK_CHANNELS=block_channels, BLOCK_PIXELS=_BLOCK_PIXELS,

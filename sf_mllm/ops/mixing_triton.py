@@ -49,7 +49,7 @@ def _mix(
 
 
 @triton.jit
-def _forward_kernel(
+def _mix_kernel(
     features, points, parameters, mixed,
     tokens_per_image, height, width, stride_image, stride_channel, stride_row, stride_column,
     POINTS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, BORDER: tl.constexpr,
@@ -72,7 +72,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _mix_backward_kernel(
     features, points, parameters, mixed_grad, features_grad, points_grad, parameters_grad,
     tokens_per_image, height, width, stride_image, stride_channel, stride_row, stride_column,
     POINTS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, BORDER: tl.constexpr,
@@ -113,7 +113,7 @@ def _backward_kernel(
     tl.store(points_grad + 2 * index + 1, tl.where(y_moves, y_grad * height, 0.0), mask=point < POINTS)
 
 
-_IS_INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
+_IS_INTERPRETED = not isinstance(_mix_kernel, triton.JITFunction)
 """A constant, since the compiler of PyTorch cannot ask what a kernel is."""
 
 
@@ -123,7 +123,7 @@ def _sample_and_mix(feature_map: Tensor, points: Tensor, parameters: Tensor, bor
     points, parameters = points.contiguous(), parameters.contiguous()
     mixed = parameters.new_empty(_shape_of_result(feature_map, points, parameters))
     if mixed.numel():
-        _forward_kernel[(mixed.shape[0] * mixed.shape[1],)](
+        _mix_kernel[(mixed.shape[0] * mixed.shape[1],)](
             feature_map, points, parameters, mixed,
             points.shape[1], *feature_map.shape[2:], *feature_map.stride(),
             BORDER=border, **_shape_of_programs(mixed, points),
@@ -147,7 +147,7 @@ def _sample_and_mix_backward(
     features_grad = torch.zeros(shape, dtype=torch.float32, device=points.device)
     points_grad, parameters_grad = torch.empty_like(points), torch.empty_like(parameters)
     if mixed_grad.numel():
-        _backward_kernel[(mixed_grad.shape[0] * mixed_grad.shape[1],)](
+        _mix_backward_kernel[(mixed_grad.shape[0] * mixed_grad.shape[1],)](
             feature_map, points, parameters, mixed_grad, features_grad, points_grad, parameters_grad,
             points.shape[1], height, width, *feature_map.stride(),
             BORDER=border, WITH_FEATURES=with_features, **_shape_of_programs(mixed_grad, points),

@@ -104,7 +104,7 @@ def spread_gradients(
 
 
 @triton.jit
-def _forward_kernel(
+def _sample_kernel(
     features, points, sampled,
     num_points, points_per_image, height, width,
     stride_image, stride_channel, stride_row, stride_column,
@@ -127,7 +127,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _sample_backward_kernel(
     features, points, sampled_grad, features_grad, points_grad,
     num_points, points_per_image, height, width,
     stride_image, stride_channel, stride_row, stride_column,
@@ -157,7 +157,7 @@ def _backward_kernel(
     tl.store(points_grad + 2 * index + 1, tl.where(y_moves, y_grad * height, 0.0), mask=is_point)
 
 
-_IS_INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
+_IS_INTERPRETED = not isinstance(_sample_kernel, triton.JITFunction)
 """A constant, since the compiler of PyTorch cannot ask what a kernel is."""
 
 
@@ -170,7 +170,7 @@ def _sample(feature_map: Tensor, points: Tensor, border: bool) -> Tensor:
     num_points = points.numel() // 2
     block = _block_channels(channels)
     if num_points:
-        _forward_kernel[triton.cdiv(num_points, _BLOCK_POINTS), triton.cdiv(channels, block)](
+        _sample_kernel[triton.cdiv(num_points, _BLOCK_POINTS), triton.cdiv(channels, block)](
             feature_map, points, sampled,
             num_points, num_points // batch_size, height, width, *feature_map.stride(),
             CHANNELS=channels, BORDER=border, BLOCK_POINTS=_BLOCK_POINTS, BLOCK_CHANNELS=block,
@@ -195,7 +195,7 @@ def _sample_backward(
     points_grad = torch.empty_like(points)
     num_points = points.numel() // 2
     if num_points:
-        _backward_kernel[(triton.cdiv(num_points, _BLOCK_POINTS),)](
+        _sample_backward_kernel[(triton.cdiv(num_points, _BLOCK_POINTS),)](
             feature_map, points, sampled_grad, features_grad, points_grad,
             num_points, num_points // batch_size, height, width, *feature_map.stride(),
             CHANNELS=channels, BORDER=border, WITH_FEATURES=with_features,

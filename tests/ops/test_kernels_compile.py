@@ -28,13 +28,13 @@ SAMPLING = {"CHANNELS": 64, "BORDER": True, "BLOCK_POINTS": 16, "BLOCK_CHANNELS"
 MIXING = {**SAMPLING, "POINTS": 16, "OUTPUTS": 32, "BLOCK_OUTPUTS": 32}
 CONVOLUTION = {"CHANNELS": 64, "BLOCK_CHANNELS": 64, "BLOCK_PIXELS": 128, "NUM_BLOCKS": 5, "BLOCK_TAPS": 32}
 KERNELS = [
-    (attention_triton, "_forward_kernel", ATTENTION),
-    (attention_triton, "_backward_kernel", ATTENTION),
-    (sampling_triton, "_forward_kernel", SAMPLING),
-    (sampling_triton, "_backward_kernel", {**SAMPLING, "WITH_FEATURES": True}),
-    (mixing_triton, "_forward_kernel", MIXING),
-    (mixing_triton, "_backward_kernel", {**MIXING, "WITH_FEATURES": True}),
-    (convolution_triton, "_forward_kernel", CONVOLUTION),
+    (attention_triton, "_attend_kernel", ATTENTION),
+    (attention_triton, "_attend_backward_kernel", ATTENTION),
+    (sampling_triton, "_sample_kernel", SAMPLING),
+    (sampling_triton, "_sample_backward_kernel", {**SAMPLING, "WITH_FEATURES": True}),
+    (mixing_triton, "_mix_kernel", MIXING),
+    (mixing_triton, "_mix_backward_kernel", {**MIXING, "WITH_FEATURES": True}),
+    (convolution_triton, "_convolve_kernel", CONVOLUTION),
 ]
 """With the constants of the large published encoder."""
 
