@@ -1,13 +1,14 @@
 """Stage two on several processes, a tenth of the rows text only: does every strategy end as one process does?
 
     python -m eval.instruct_scaling --processes 1 2 --kill --rows eval/results
+    python -m eval.instruct_scaling --phase align --processes 1 2 --kill --rows eval/results
 
-Protocol `instruct-scaling-1`: configs/finetune/demo.yaml on drawn scenes, of which each tenth row has lost its image;
-every arrangement takes the same rows in the same steps, so that one process accumulates what several share out. In
-fp32, or with --bf16 as the shipped DeepSpeed configurations say. With --kill, runs on several processes are killed by
-SIGKILL after half of their steps and started again. Differences are against the first arrangement. `loss_difference`:
-the largest relative one of logged losses. `weight_difference`: the distance between the adapters' second matrices,
-which start from zero, over their length.
+Protocol `instruct-scaling-1`: configs/finetune/demo.yaml, or demo_align.yaml of the phase before, on drawn scenes, of
+which each tenth row has lost its image; every arrangement takes the same rows in the same steps, so that one process
+accumulates what several share out. In fp32, or with --bf16 as the shipped DeepSpeed configurations say. With --kill,
+runs on several processes are killed by SIGKILL after half of their steps and started again. Differences are against the
+first arrangement. `loss_difference`: the largest relative one of logged losses. `weight_difference`: the distance
+between what trained over its length; of adapters only their second matrices count, which start from zero.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -34,8 +35,12 @@ from eval.scaling import (
 )
 from sf_mllm.errors import CommandLineParser, report_input_errors
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PROTOCOL = "instruct-scaling-1"
-CONFIG = ROOT / "configs" / "finetune" / "demo.yaml"
+CONFIGS = {"instruct": "demo.yaml", "align": "demo_align.yaml"}
+"""By phase, in configs/finetune."""
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp")
 FIGURES = ("samples_per_s", "peak_memory_gib", "held_out_loss", "loss_difference", "weight_difference")
 """Measured columns."""
@@ -52,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Stage two on several processes with text-only rows: equality with one process.",
     )
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="one a GPU (default 1 2)")
+    parser.add_argument("--phase", choices=CONFIGS, default="instruct", help="default: instruct")
     parser.add_argument("--strategy", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--micro-batch", type=int, default=4, help="rows of one pass (default 4)")
     parser.add_argument("--global-batch", type=int, default=16, help="rows of an optimizer step (default 16)")
@@ -73,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = Path(tempfile.mkdtemp(prefix=f"{count}-{strategy}-", dir=work))
             accumulation = options.global_batch // (count * options.micro_batch)
             arguments = [
-                str(CONFIG),
+                str(ROOT / "configs" / "finetune" / CONFIGS[options.phase]),
                 f"output_dir={folder / 'run'}",
                 f"data.conversations={data / 'rows.json'}",
                 f"data.image_root={data / 'images'}",
@@ -94,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcome = launch(count, strategy, arguments, folder, kill_at)
             row = {
                 "protocol": PROTOCOL,
+                "phase": options.phase,
                 "processes": count,
                 "strategy": strategy,
                 "precision": "bf16" if options.bf16 else "fp32",
@@ -179,7 +186,7 @@ def read_figures(run: Path, reference: Path | None) -> dict[str, Any]:
     if reference is not None:
         pairs = zip(_steps_of(run), _steps_of(reference), strict=True)
         figures["loss_difference"] = f"{max(abs(a['loss'] / b['loss'] - 1) for a, b in pairs):.2e}"
-        figures["weight_difference"] = f"{_compare_adapters(run, reference):.2e}"
+        figures["weight_difference"] = f"{_compare_weights(run, reference):.2e}"
     return figures
 
 
@@ -188,15 +195,19 @@ def _steps_of(run: Path) -> list[dict[str, float]]:
     return [row for row in rows if "loss" in row]
 
 
-def _compare_adapters(run: Path, reference: Path) -> float:
+def _compare_weights(run: Path, reference: Path) -> float:
+    ours, theirs = (_trained_weights(folder) for folder in (run, reference))
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def _trained_weights(run: Path) -> "Tensor":
     import torch
     from safetensors.torch import load_file
 
-    ours, theirs = (
-        torch.cat([weight.flatten() for name, weight in sorted(weights.items()) if "lora_B" in name])
-        for weights in (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, reference))
-    )
-    return ((ours - theirs).norm() / theirs.norm()).item()
+    adapter = run / "adapter" / "adapter_model.safetensors"
+    is_adapter = adapter.is_file()
+    weights = load_file(adapter if is_adapter else run / "projector" / "projector.safetensors")
+    return torch.cat([weights[name].flatten() for name in sorted(weights) if not is_adapter or "lora_B" in name])
 
 
 if __name__ == "__main__":
