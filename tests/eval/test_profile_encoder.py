@@ -11,6 +11,7 @@ from eval.profile_encoder import (
     NORMS,
     OTHERS,
     PARTS,
+    PEAKS,
     PRODUCTS,
     STEM,
     Work,
@@ -116,3 +117,16 @@ def test_what_was_measured_is_divided_among_the_parts() -> None:
 def test_a_cpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "A profile needs a CUDA device, and there is none" in capsys.readouterr().err
+
+
+def test_the_floors_that_the_readme_names() -> None:
+    peak = PEAKS["H200"]
+    floors, sums = {}, {}
+    for size in ("base", "large"):
+        work = work_of(SparseFormerConfig.from_name(f"sparseformer_btsp_openai_clip_{size}"), 256, (224, 224))
+        floors = {part: work[part].floor_ms(*peak) for part in PARTS}
+        sums[size] = sum(floors.values())
+    expected = {PRODUCTS: 7.5, NORMS: 1.3, ACTIVATIONS: 1.0, ATTENTION: 0.5, MIXING: 0.3, STEM: 0.06}
+    for part, milliseconds in expected.items():
+        assert floors[part] == pytest.approx(milliseconds, rel=0.12), part
+    assert sums == {"base": pytest.approx(3.2, abs=0.05), "large": pytest.approx(10.7, abs=0.06)}
