@@ -64,9 +64,10 @@ class Replay:
             forward = torch.compile(module.forward, dynamic=name == _LANGUAGE_MODEL) if compiled else None
             self._forwards.append(ReplayedForward(module, record, forward))
         self._parts = parts
-        self._get_image_features = parts.get_image_features
-        parts.get_image_features = self._look_once
+        self._get_image_features, self._get_placeholder_mask = parts.get_image_features, parts.get_placeholder_mask
+        parts.get_image_features, parts.get_placeholder_mask = self._look_once, self._find_placeholders
         self._seen: tuple[Tensor, Any] | None = None
+        self._is_counted = False
         names = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # the latter before transformers 5.24
         self._cache: StaticCache | None = None
@@ -86,9 +87,11 @@ class Replay:
             those of `generation_config`. They are good for one call; the next call of `prepare` empties the cache.
         """
         if "pixel_values" in inputs:
+            placeholders = int((inputs["input_ids"] == self._model.config.image_token_id).sum())
             with torch.inference_mode():
                 features = self._get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
             self._seen = (inputs["pixel_values"], features)
+            self._is_counted = placeholders == sum(len(image) for image in features.pooler_output)
         batch, length = inputs["input_ids"].shape
         padding = -length % PROMPT_STEP
         config = self._model.generation_config
@@ -104,7 +107,7 @@ class Replay:
         """Give the model its own forwards back and forget all recordings."""
         for forward in self._forwards:
             forward.close()
-        del self._parts.get_image_features
+        del self._parts.get_image_features, self._parts.get_placeholder_mask
         self._cache, self._cache_shape, self._seen = None, (0, 0), None
 
     def _look_once(self, pixel_values: Tensor, **kwargs: Any) -> Any:
@@ -112,7 +115,18 @@ class Replay:
         seen, self._seen = self._seen, None
         if seen is not None and seen[0] is pixel_values:
             return seen[1]
+        self._is_counted = False
         return self._get_image_features(pixel_values, **kwargs)
+
+    def _find_placeholders(self, input_ids: Any, **kwargs: Any) -> Tensor:
+        """Return the model's mask of positions that take visual tokens.
+
+        It counts them, for which the host waits until the device has seen the images; `prepare` has counted before.
+        """
+        is_counted, self._is_counted = self._is_counted, False
+        if is_counted and input_ids is not None:
+            return (input_ids == self._model.config.image_token_id)[..., None]
+        return self._get_placeholder_mask(input_ids, **kwargs)
 
     def _empty_cache(self, batch: int, length: int) -> StaticCache:
         capacity = SHORTEST_CACHE

@@ -113,6 +113,9 @@ def test_an_image_is_looked_at_once_and_before_the_answer(model_and_processor, r
             assert len(looks) == turn + 1
         model.get_image_features(pixel_values=inputs["pixel_values"])
         assert len(looks) == 4
+        too_many = {**inputs, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}
+        with torch.inference_mode(), pytest.raises(ValueError, match="2 images give 12 features but the text holds 6"):
+            model.generate(**replay.prepare(too_many, 4), generation_config=generation_config(4))
     finally:
         model.model.vision_tower.forward = tower
 
