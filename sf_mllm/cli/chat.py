@@ -65,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
             f"{options.model}: {parameters / 1e6:.1f}M parameters, {str(model.dtype).removeprefix('torch.')} on "
             f"{model.device}, loaded in {seconds:.1f} s"
         )
+    if options.compile:
+        _note("The model is compiled as it answers: the first two answers take minutes.")
     session = ChatSession(
         model,
         processor,
