@@ -173,7 +173,7 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
         return self.norm(tokens[:, first_latent:].mean(dim=1))
 
     def set_kernels(self, name: str) -> None:
-        """Choose what convolves images, samples and mixes features and attends; results differ in rounding only.
+        """Choose what convolves and pools images, samples and mixes features, and attends; results differ in rounding.
 
         Args:
             name: "torch", PyTorch's own operations, where a model starts; or "triton", kernels for CUDA devices. It

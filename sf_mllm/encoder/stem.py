@@ -1,10 +1,10 @@
 """Early convolution: the only part of the encoder whose cost grows with the image."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sf_mllm.ops.convolution import PADDING, STRIDE, convolve
 from sf_mllm.ops.implementations import REFERENCE
+from sf_mllm.ops.pooling import pool_and_normalise
 
 
 class StemConvolution(nn.Conv2d):
@@ -14,7 +14,7 @@ class StemConvolution(nn.Conv2d):
         channels: C, output channels.
 
     Attributes:
-        kernels: see `SparseFormerModel.set_kernels`.
+        kernels: see `SparseFormerModel.set_kernels`; the pooling behind it goes by them, too.
     """
 
     bias: nn.Parameter
@@ -41,13 +41,4 @@ class Stem(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to features [B, C, ceil(H/4), ceil(W/4)]."""
-        # The largest value is the same before and after ReLU, which has a quarter of the work when it comes second.
-        features = F.relu(F.max_pool2d(self.conv(pixel_values), kernel_size=3, stride=2, padding=1))
-        return normalise_channels(features)
-
-
-def normalise_channels(features: Tensor) -> Tensor:
-    """Layer norm without parameters over the channel axis of [B, C, H, W]; eps 1e-5, biased variance, in fp32."""
-    pixels = features.float().permute(0, 2, 3, 1)
-    normalised = F.layer_norm(pixels, pixels.shape[-1:], eps=1e-5)
-    return normalised.permute(0, 3, 1, 2).to(features.dtype)
+        return pool_and_normalise(self.conv(pixel_values), self.conv.kernels)

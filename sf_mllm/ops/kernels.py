@@ -7,7 +7,7 @@ from torch import Tensor
 from sf_mllm.errors import InputError, nearest
 from sf_mllm.ops.implementations import REFERENCE
 
-_OPERATIONS = ("convolution", "sampling", "mixing", "attention")
+_OPERATIONS = ("convolution", "pooling", "sampling", "mixing", "attention")
 _MODULES = {"triton": tuple(f"sf_mllm.ops.{operation}_triton" for operation in _OPERATIONS)}
 """Modules that add an implementation when they are imported, by its name."""
 
@@ -16,7 +16,7 @@ KERNEL_NAMES = (REFERENCE, *_MODULES)
 
 
 def load_kernels(name: str) -> None:
-    """Make an implementation of each operation known: convolution, sampling, mixing and attention.
+    """Make an implementation of each operation known: convolution, pooling, sampling, mixing, attention.
 
     Raises:
         InputError: there is none of that name, or what it needs is not installed.

@@ -16,13 +16,15 @@ from sf_mllm.ops.attention import ATTENTION_IMPLEMENTATIONS, attend
 from sf_mllm.ops.convolution import CONVOLUTION_IMPLEMENTATIONS, convolve
 from sf_mllm.ops.kernels import KERNEL_NAMES, load_kernels
 from sf_mllm.ops.mixing import MIXING_IMPLEMENTATIONS, sample_and_mix
+from sf_mllm.ops.pooling import POOLING_IMPLEMENTATIONS, pool_and_normalise
 from sf_mllm.ops.sampling import SAMPLING_IMPLEMENTATIONS, sample_points
-from tests.ops import attention_cases, convolution_cases, mixing_cases, sampling_cases
+from tests.ops import attention_cases, convolution_cases, mixing_cases, pooling_cases, sampling_cases
 
 pytest.importorskip("triton")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 IMPLEMENTATIONS = (
     CONVOLUTION_IMPLEMENTATIONS,
+    POOLING_IMPLEMENTATIONS,
     SAMPLING_IMPLEMENTATIONS,
     MIXING_IMPLEMENTATIONS,
     ATTENTION_IMPLEMENTATIONS,
@@ -44,7 +46,13 @@ def make_model() -> SparseFormerModel:
 
 @pytest.mark.parametrize(
     ("cases", "count"),
-    [("sampling_cases", 72), ("attention_cases", 14), ("convolution_cases", 8), ("mixing_cases", 16)],
+    [
+        ("sampling_cases", 72),
+        ("attention_cases", 14),
+        ("convolution_cases", 8),
+        ("pooling_cases", 10),
+        ("mixing_cases", 16),
+    ],
 )
 def test_interpreted_kernels_agree_with_pytorch(cases: str, count: int) -> None:
     root = Path(__file__).parents[2]
@@ -96,6 +104,7 @@ def test_kernels_agree_with_pytorch_on_a_gpu() -> None:
     assert sampling_cases.compare("triton", "cuda") == 72
     assert attention_cases.compare("triton", "cuda") == 21
     assert convolution_cases.compare("triton", "cuda") == 12
+    assert pooling_cases.compare("triton", "cuda") == 15
     assert mixing_cases.compare("triton", "cuda") == 24
 
 
@@ -107,6 +116,7 @@ def test_compiled_with_kernels_equals_eager_without(monkeypatch: pytest.MonkeyPa
     assert sampling_cases.compare("triton", "cuda", torch.compile(sample_points, fullgraph=True)) == 72
     assert attention_cases.compare("triton", "cuda", torch.compile(attend, fullgraph=True)) == 21
     assert convolution_cases.compare("triton", "cuda", torch.compile(convolve, fullgraph=True)) == 12
+    assert pooling_cases.compare("triton", "cuda", torch.compile(pool_and_normalise, fullgraph=True)) == 15
     assert mixing_cases.compare("triton", "cuda", torch.compile(sample_and_mix, fullgraph=True)) == 24
     model, images = make_model().cuda(), torch.randn(4, 3, 64, 64, device="cuda")
     expected = model(images).pooler_output

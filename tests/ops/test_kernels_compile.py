@@ -9,24 +9,41 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from sf_mllm.ops import attention_triton, convolution_triton, mixing_triton, sampling_triton  # noqa: E402
+from sf_mllm.ops import (  # noqa: E402
+    attention_triton,
+    convolution_triton,
+    mixing_triton,
+    pooling_triton,
+    sampling_triton,
+)
 
 WHOLE = "i32"
 SIZES = dict.fromkeys(
     [
-        *("height", "width", "result_height", "result_width", "num_results", "num_points", "points_per_image"),
+        *(
+            "height",
+            "width",
+            "result_height",
+            "result_width",
+            "num_results",
+            "num_pixels",
+            "num_points",
+            "points_per_image",
+        ),
         *("num_tokens", "tokens_per_image", "stride_image", "stride_channel", "stride_row", "stride_column"),
     ],
     WHOLE,
 )
 FLOATS = {
     **dict.fromkeys(["scale", "natural_scale"], "fp32"),
-    **dict.fromkeys(["points", "points_grad", "features_grad"], "*fp32"),
+    **dict.fromkeys(["points", "points_grad", "features_grad", "deviations"], "*fp32"),
+    "largest": "*u8",
 }
 ATTENTION = {"HEADS": 16, "WIDTH": 64, "BLOCK_TOKENS": 64, "BLOCK_WIDTH": 64}
 SAMPLING = {"CHANNELS": 64, "BORDER": True, "BLOCK_POINTS": 16, "BLOCK_CHANNELS": 64}
 MIXING = {**SAMPLING, "POINTS": 16, "OUTPUTS": 32, "BLOCK_OUTPUTS": 32}
 CONVOLUTION = {"CHANNELS": 64, "BLOCK_CHANNELS": 64, "BLOCK_PIXELS": 128, "NUM_BLOCKS": 5, "BLOCK_TAPS": 32}
+POOLING = {"CHANNELS": 64, "BLOCK_CHANNELS": 64, "BLOCK_PIXELS": 16}
 KERNELS = [
     (attention_triton, "_attend_kernel", ATTENTION),
     (attention_triton, "_attend_backward_kernel", ATTENTION),
@@ -35,6 +52,9 @@ KERNELS = [
     (mixing_triton, "_mix_kernel", MIXING),
     (mixing_triton, "_mix_backward_kernel", {**MIXING, "WITH_FEATURES": True}),
     (convolution_triton, "_convolve_kernel", CONVOLUTION),
+    (pooling_triton, "_pool_kernel", {**POOLING, "EPS": 1e-5}),
+    (pooling_triton, "_unnormalise_kernel", POOLING),
+    (pooling_triton, "_unpool_kernel", POOLING),
 ]
 """With the constants of the large published encoder."""
 

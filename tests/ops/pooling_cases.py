@@ -1,0 +1,69 @@
+"""Compares an implementation of the stem's pooling and norm with PyTorch's: `python tests/ops/pooling_cases.py DEVICE`.
+
+Run so, Triton interprets its kernels where TRITON_INTERPRET=1; it decides that when it is first imported.
+"""
+
+import sys
+from collections.abc import Callable
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from sf_mllm.ops.kernels import load_kernels
+from sf_mllm.ops.pooling import pool_and_normalise
+
+Pool = Callable[[Tensor, str], Tensor]
+SIZES = [(2, 64, 8, 10), (1, 5, 1, 1), (3, 96, 7, 33), (2, 16, 2, 5), (1, 130, 3, 3)]
+"""B, C, H, W: even sizes, a single pixel, odd ones, more channels than kernels hold."""
+
+
+def gradients(pool: Pool, features: Tensor, factors: Tensor, implementation: str) -> list[Tensor]:
+    """Return the result and the gradient of the features."""
+    leaf = features.detach().requires_grad_()
+    result = pool(leaf, implementation)
+    return [result, *torch.autograd.grad((result.float() * factors).sum(), leaf)]
+
+
+def compare(implementation: str, device: str, pool_with: Pool = pool_and_normalise) -> int:
+    """Compare values and gradients on every case with PyTorch's in float64; return how many there were."""
+    generator = torch.Generator().manual_seed(0)
+    dtypes = [torch.float32, torch.float16]
+    if device != "cpu":  # as in the other comparisons
+        dtypes.append(torch.bfloat16)
+    count = 0
+    for size, dtype in product(SIZES, dtypes):
+        batch, channels, height, width = size
+        features = torch.randn(size, generator=generator).to(device, dtype)
+        features[:, 0] = features[:, 0].round()  # many equal ones: the first has the gradient
+        features[:, 1 % channels] = -1.0  # nothing positive
+        shape = (batch, channels, (height + 1) // 2, (width + 1) // 2)
+        factors = torch.randn(shape, generator=generator).to(device)
+        tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+        expected = gradients(pool_and_normalise, features.double(), factors.to(dtype).double(), "torch")
+        gaps = features.new_full((batch, channels, height, 2 * width), torch.nan)[..., ::2].copy_(features)
+        for laid_out in (features, features.contiguous(memory_format=torch.channels_last), gaps):
+            torch._dynamo.reset()  # if it is compiled, then for each case anew
+            ours = gradients(pool_with, laid_out, factors, implementation)
+            for name, a, b in zip(("values", "gradients"), ours, expected, strict=True):
+                note = f"{name} of {size}, {dtype}, strides {laid_out.stride()}: "
+                assert a.dtype == dtype and a.shape == b.shape
+                scale = b.abs().max().clamp(min=1)
+                torch.testing.assert_close(
+                    a.double() / scale, b / scale, atol=tolerance, rtol=tolerance, msg=lambda m, n=note: n + m
+                )
+        count += 1
+    assert pool_with(torch.full((1, 4, 3, 3), torch.nan, device=device), implementation).isnan().all()
+    assert pool_with(features[:0], implementation).shape == (0, *shape[1:])
+    return count
+
+
+if __name__ == "__main__":
+    load_kernels("triton")
+    print(f"{compare('triton', sys.argv[1])} cases agree")
+    # The operation tells the compiler the truth about shapes, side effects and gradients.
+    torch.library.opcheck(
+        torch.ops.sf_mllm.pool_and_normalise.default, (torch.rand(2, 5, 4, 7, device=sys.argv[1], requires_grad=True),)
+    )
+    traced = torch.compile(pool_and_normalise, backend="aot_eager", fullgraph=True)
+    print(f"{compare('triton', sys.argv[1], traced)} traced cases agree")
