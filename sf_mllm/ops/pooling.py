@@ -7,8 +7,8 @@ from torch import Tensor
 
 from sf_mllm.ops.implementations import REFERENCE, choose
 
-WINDOW, STRIDE, PADDING = 3, 2, 1
-EPS = 1e-5
+POOL_WINDOW, POOL_STRIDE, POOL_PADDING = 3, 2, 1
+POOL_EPS = 1e-5
 
 
 def pool_and_normalise(features: Tensor, implementation: str = REFERENCE) -> Tensor:
@@ -30,9 +30,9 @@ def pool_and_normalise(features: Tensor, implementation: str = REFERENCE) -> Ten
 def _pool_by_torch(features: Tensor) -> Tensor:
     """The reference, by PyTorch's own operations."""
     # The largest value is the same before and after ReLU, which has a quarter of the work when it comes second.
-    pooled = F.relu(F.max_pool2d(features, WINDOW, STRIDE, PADDING))
+    pooled = F.relu(F.max_pool2d(features, POOL_WINDOW, POOL_STRIDE, POOL_PADDING))
     pixels = pooled.float().permute(0, 2, 3, 1)
-    normalised = F.layer_norm(pixels, pixels.shape[-1:], eps=EPS)
+    normalised = F.layer_norm(pixels, pixels.shape[-1:], eps=POOL_EPS)
     return normalised.permute(0, 3, 1, 2).to(features.dtype)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sf_mllm.ops.implementations import REFERENCE
 from sf_mllm.ops.kernels import require_cuda
-from sf_mllm.ops.pooling import EPS, PADDING, POOLING_IMPLEMENTATIONS, STRIDE, WINDOW
+from sf_mllm.ops.pooling import POOL_EPS, POOL_PADDING, POOL_STRIDE, POOL_WINDOW, POOLING_IMPLEMENTATIONS
 
 _BLOCK_PIXELS = 16
 _LARGEST_NUM_CHANNELS = 128
@@ -117,7 +117,7 @@ def _pool_and_normalise(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if result.numel():
         _pool_kernel[_num_programs(deviations)](
             features, result, largest, deviations, deviations.numel(), *features.shape[2:], *result.shape[2:],
-            EPS=EPS, **_shape_of_programs(features),
+            EPS=POOL_EPS, **_shape_of_programs(features),
         )  # fmt: skip
     return result, largest, deviations
 
@@ -129,7 +129,7 @@ def _(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _empty_results(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch_size, channels, height, width = features.shape
-    shape = (batch_size, channels, (height - 1) // STRIDE + 1, (width - 1) // STRIDE + 1)
+    shape = (batch_size, channels, (height - 1) // POOL_STRIDE + 1, (width - 1) // POOL_STRIDE + 1)
     result, largest = (
         torch.empty(shape, dtype=dtype, device=features.device, memory_format=torch.channels_last)
         for dtype in (features.dtype, torch.uint8)
@@ -198,5 +198,5 @@ def _pool_by_triton(features: Tensor) -> Tensor:
     return _pool_and_normalise(features)[0]
 
 
-assert (WINDOW, STRIDE, PADDING) == (3, 2, 1), "what the kernels are written for"
+assert (POOL_WINDOW, POOL_STRIDE, POOL_PADDING) == (3, 2, 1), "what the kernels are written for"
 POOLING_IMPLEMENTATIONS["triton"] = _pool_by_triton
