@@ -39,7 +39,8 @@ def test_the_teacher_online_and_from_a_store(tmp_path):
         assert float(row["images_per_s"]) == pytest.approx(2e3 / float(row["step_ms"]), rel=1e-2)
         assert sum(float(row[name]) for name in FIGURES if name.endswith("_share")) == pytest.approx(1, abs=1e-3)
     assert {row["sampling"] for row in rows} == {"torch"}
-    assert float(rows[0]["teacher_share"]) > 0.1 > 0.02 > float(rows[2]["teacher_share"])
+    online, store = float(rows[0]["teacher_share"]), float(rows[2]["teacher_share"])
+    assert online > 0.1 and online > 3 * store, "if the store's runs asked the teacher, the shares would be alike"
 
 
 def test_what_does_not_fit_is_a_row(tmp_path, monkeypatch):
