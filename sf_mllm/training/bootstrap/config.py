@@ -58,7 +58,7 @@ class StudentConfig:
     train_head: bool = False
     """Train the final norm, the attention pool and the projection too; else they stay the teacher's."""
     kernels: str = "torch"
-    """What convolves, samples, mixes and attends during training: "torch", PyTorch's own operations, or "triton",
+    """What convolves, pools, samples, mixes and attends in training: "torch", PyTorch's own operations, or "triton",
     kernels for CUDA devices. They make no other student."""
 
 
