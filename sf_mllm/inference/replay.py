@@ -3,13 +3,16 @@
 For each token Python starts some twenty kernels a layer, one by one, which can take longer than the kernels do when a
 batch is small. A CUDA graph starts all of them at once, but only for inputs of the shapes, and a cache at the address,
 that it was recorded with. So prompts are padded to a few lengths, and all answers share one static cache.
-`generate` of transformers stays in charge: it calls the same modules, whose forward is exchanged.
+`generate` of transformers stays in charge: it calls the same modules, whose forward is exchanged. It keeps the host
+busy for a while before it asks for the first token; so the device begins with the prompt before it is called.
 """
 
+import functools
 import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
+from transformers.masking_utils import create_masks_for_generate
 
 from sf_mllm.errors import InputError, first_line
 
@@ -27,6 +31,7 @@ PROMPT_STEP = 64
 SHORTEST_CACHE = 512
 """Tokens of the smallest cache; larger ones double."""
 _LANGUAGE_MODEL = "language_model"
+_EXCHANGED = ("forward", "create_masks_for_generate")  # of the whole model
 _PARTS = ("vision_tower", "multi_modal_projector", _LANGUAGE_MODEL)
 _MAX_RECORDINGS = 64  # of one module; the one that was not used for longest makes room
 
@@ -48,7 +53,7 @@ class Replay:
     """
 
     def __init__(self, model: PreTrainedModel, record: Recorder | None = None, *, compiled: bool = False) -> None:
-        self._model = model
+        self._model: Any = model
         parts: Any = getattr(model, "model", None)
         has_parts = all(hasattr(parts, name) for name in _PARTS)
         if not has_parts or not _is_static(_make_cache(model, SHORTEST_CACHE)):
@@ -66,17 +71,27 @@ class Replay:
         self._parts = parts
         self._get_image_features, self._get_placeholder_mask = parts.get_image_features, parts.get_placeholder_mask
         parts.get_image_features, parts.get_placeholder_mask = self._look_once, self._find_placeholders
-        self._seen: tuple[Tensor, Any] | None = None
-        self._is_counted = False
+        self._model_forward = model.forward
+        self._make_masks: Any = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+        self._model_had = {name: vars(model)[name] for name in _EXCHANGED if name in vars(model)}  # hooks, for example
+
+        @functools.wraps(model.forward)  # `generate` reads the signature
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            return self._take_begun(*args, **kwargs)
+
+        vars(model).update(zip(_EXCHANGED, (answer, self._find_mask), strict=True))
+        self._seen: tuple[Tensor, Any] | None = None  # pixels and what the model makes of them
+        self._begun: _Begun | None = None
+        self._num_placeholders: int | None = None
         names = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # the latter before transformers 5.24
         self._cache: StaticCache | None = None
         self._cache_shape = (0, 0)
 
     def prepare(self, inputs: dict[str, Tensor], max_new_tokens: int) -> dict[str, Any]:
-        """Pad prompts on the left and give them an empty cache; let the device begin to look at the images.
+        """Pad prompts on the left, give them an empty cache, and have the device begin with their forward pass.
 
-        It looks while `generate` prepares itself, which takes the host about as long.
+        It computes while `generate` prepares itself, which then finds the result there.
 
         Args:
             inputs: of `generate`, with `input_ids` [B, T] and `attention_mask`; what else is in it stays.
@@ -85,48 +100,95 @@ class Replay:
         Returns:
             Arguments of `generate`, among them `input_ids` [B, T'] with T' >= T, but for its settings, which must be
             those of `generation_config`. They are good for one call; the next call of `prepare` empties the cache.
+
+        Raises:
+            ValueError: the model's own, if images and prompts do not go together.
         """
-        if "pixel_values" in inputs:
-            placeholders = int((inputs["input_ids"] == self._model.config.image_token_id).sum())
-            with torch.inference_mode():
-                features = self._get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
-            self._seen = (inputs["pixel_values"], features)
-            self._is_counted = placeholders == sum(len(image) for image in features.pooler_output)
         batch, length = inputs["input_ids"].shape
         padding = -length % PROMPT_STEP
         config = self._model.generation_config
         pad = config.pad_token_id if config.pad_token_id is not None else 0  # masked, so that any will do
-        return {
+        mask = nn.functional.pad(inputs["attention_mask"], (padding, 0), value=0)
+        given = {
             **inputs,
             "input_ids": nn.functional.pad(inputs["input_ids"], (padding, 0), value=pad),
-            "attention_mask": nn.functional.pad(inputs["attention_mask"], (padding, 0), value=0),
+            "attention_mask": mask,
+            "position_ids": (mask.long().cumsum(dim=-1) - 1).clamp(min=0),
             self._cache_name: self._empty_cache(batch, length + padding + max_new_tokens),
         }
+        self._seen = self._begun = None
+        with torch.inference_mode():
+            self._begun = self._begin(given)
+        return given
 
     def close(self) -> None:
         """Give the model its own forwards back and forget all recordings."""
         for forward in self._forwards:
             forward.close()
         del self._parts.get_image_features, self._parts.get_placeholder_mask
-        self._cache, self._cache_shape, self._seen = None, (0, 0), None
+        for name in _EXCHANGED:
+            del vars(self._model)[name]
+        vars(self._model).update(self._model_had)
+        self._cache, self._cache_shape, self._seen, self._begun = None, (0, 0), None, None
+
+    def _begin(self, given: dict[str, Any]) -> "_Begun":
+        """Start the forward pass that `generate` will ask for first; the host waits for the device only at once."""
+        layers: list[Any] = given[self._cache_name].layers
+        num_placeholders = int((given["input_ids"] == self._model.config.image_token_id).sum())
+        if (pixel_values := given.get("pixel_values")) is not None:
+            self._seen = (pixel_values, self._get_image_features(pixel_values=pixel_values, return_dict=True))
+        mask = given["attention_mask"]
+        if self._model.config.get_text_config(decoder=True)._attn_implementation == "sdpa":
+            # The same as transformers makes, which for that asks the device what the host knows.
+            mask = _causal_mask(mask, self._cache_shape[1])
+        arguments = self._model.prepare_inputs_for_generation(
+            **{**given, "attention_mask": mask}, is_first_iteration=True, use_cache=True, logits_to_keep=1
+        )
+        self._num_placeholders = num_placeholders
+        try:
+            output = self._model_forward(**arguments, return_dict=True)
+        finally:
+            self._num_placeholders = None
+        lengths = [layer.cumulative_length for layer in layers]
+        torch._foreach_zero_(lengths)  # `generate` shall find an empty cache
+        return _Begun(_kind_of(arguments), arguments.get("attention_mask"), output, lengths, given["input_ids"].shape)
+
+    def _take_begun(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward: returns what `prepare` has begun if that is what is asked for."""
+        begun, self._begun = self._begun, None
+        is_begun = begun is not None and not args and begun.kind == _kind_of(kwargs) and self._has_seen(kwargs)
+        self._seen = None
+        if begun is None or not is_begun:
+            return self._model_forward(*args, **kwargs)
+        torch._foreach_add_(begun.lengths, begun.shape[1])
+        return begun.output
+
+    def _has_seen(self, arguments: dict[str, Any]) -> bool:
+        """Whether a forward pass is asked for with the images that `prepare` has begun with, or without any."""
+        pixel_values, features = self._seen or (None, None)
+        looked = arguments.get("mm_encoder_outputs") or {}  # from transformers 5.24 on `generate` itself looks
+        return looked.get("image") is features if looked else arguments.get("pixel_values") is pixel_values
 
     def _look_once(self, pixel_values: Tensor, **kwargs: Any) -> Any:
-        """Return features that `prepare` has asked for, or make them."""
-        seen, self._seen = self._seen, None
-        if seen is not None and seen[0] is pixel_values:
-            return seen[1]
-        self._is_counted = False
+        """Return features that are there, or make them."""
+        if self._seen is not None and self._seen[0] is pixel_values:
+            return self._seen[1]
         return self._get_image_features(pixel_values, **kwargs)
 
-    def _find_placeholders(self, input_ids: Any, **kwargs: Any) -> Tensor:
+    def _find_mask(self, **kwargs: Any) -> Any:
+        """Return the mask of a prompt that `prepare` has begun, or make one."""
+        if self._begun is not None and kwargs["inputs_embeds"].shape[:2] == self._begun.shape:
+            return self._begun.mask
+        return self._make_masks(**kwargs)
+
+    def _find_placeholders(self, input_ids: Any, inputs_embeds: Any, image_features: Any) -> Tensor:
         """Return the model's mask of positions that take visual tokens.
 
-        It counts them, for which the host waits until the device has seen the images; `prepare` has counted before.
+        It counts them, for which the host waits until the device has seen the images; `_begin` has counted before.
         """
-        is_counted, self._is_counted = self._is_counted, False
-        if is_counted and input_ids is not None:
+        if input_ids is not None and self._num_placeholders == len(image_features):
             return (input_ids == self._model.config.image_token_id)[..., None]
-        return self._get_placeholder_mask(input_ids, **kwargs)
+        return self._get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
 
     def _empty_cache(self, batch: int, length: int) -> StaticCache:
         capacity = SHORTEST_CACHE
@@ -140,6 +202,20 @@ class Replay:
             layers: list[Any] = self._cache.layers
             torch._foreach_zero_([layer.cumulative_length for layer in layers])
         return self._cache
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """The forward pass of prompts that the device has begun."""
+
+    kind: Any
+    """Of its arguments, see `_kind`."""
+    mask: Any
+    output: Any
+    lengths: list[Tensor]
+    """Of the cache's layers, set back to zero."""
+    shape: torch.Size
+    """Of the prompts, [B, T]."""
 
 
 class ReplayedForward:
@@ -286,6 +362,26 @@ def _kind(leaves: list[Any], structure: Any) -> Any:
     except TypeError:
         return None
     return key
+
+
+def _kind_of(arguments: dict[str, Any]) -> Any:
+    """Return what arguments of the whole model have in common with others that ask for the same, but for images."""
+    names = sorted(arguments.keys() - {"return_dict", "pixel_values", "mm_encoder_outputs"})
+    return _kind(*_flatten({name: arguments[name] for name in names}))
+
+
+def _causal_mask(mask: Tensor, capacity: int) -> Tensor:
+    """Return which places of an empty cache each token of a prompt sees.
+
+    Args:
+        mask: [B, T], 0 for padding.
+        capacity: places of the cache, C >= T.
+
+    Returns:
+        [B, 1, T, C], bool.
+    """
+    earlier = torch.ones(mask.shape[1], capacity, dtype=torch.bool, device=mask.device).tril()
+    return earlier & nn.functional.pad(mask.bool(), (0, capacity - mask.shape[1]))[:, None, None, :]
 
 
 def _is_static(cache: Cache) -> bool:

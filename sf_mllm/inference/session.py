@@ -122,6 +122,7 @@ class ChatSession:
 
     def _stream(self, messages: list[dict[str, Any]], inputs: Any, max_new_tokens: int) -> Generator[str, None, None]:
         prompt_tokens = inputs["input_ids"].shape[1]
+        started = time.perf_counter()
         if self._replay is not None:
             inputs = self._replay.prepare(inputs, max_new_tokens)
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -141,7 +142,6 @@ class ChatSession:
                 outcome["error"] = error
                 streamer.end()
 
-        started = time.perf_counter()
         first: float | None = None
         answer = ""
         worker = threading.Thread(target=generate, daemon=True)

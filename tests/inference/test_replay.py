@@ -120,6 +120,71 @@ def test_an_image_is_looked_at_once_and_before_the_answer(model_and_processor, r
         model.model.vision_tower.forward = tower
 
 
+def turn(processor, *images) -> dict[str, Tensor]:
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "What is this?"}]
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return dict(processor.apply_chat_template([{"role": "user", "content": content}], **settings))
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 2])
+def test_what_is_begun_is_what_generate_asks_for(model_and_processor, replay, monkeypatch, num_images):
+    replay, _ = replay
+    model, processor = model_and_processor
+    inputs = turn(processor, *(make_image(seed) for seed in range(num_images)))
+    forwards, own_forward = [], replay._model_forward
+    monkeypatch.setattr(replay, "_model_forward", lambda **given: forwards.append(given) or own_forward(**given))
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, -4:].tolist()
+    assert len(forwards) == 4
+    for is_taken in (True, False):
+        forwards.clear()
+        given = replay.prepare(inputs, 4)
+        assert len(forwards) == 1
+        if not is_taken:  # then generate makes everything itself, and has to make the same
+            begun = replay._begun
+            replay._begun = None
+        with torch.inference_mode():
+            answer = model.generate(**given, generation_config=generation_config(4))
+        assert answer[0, -4:].tolist() == expected
+        assert len(forwards) == (4 if is_taken else 5)
+    first, again = forwards[:2]
+    assert begun.mask is first["attention_mask"]
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(first[name], again[name])
+    if (mask := again.get("attention_mask")) is not None:
+        assert torch.equal(first["attention_mask"], mask)
+
+
+def test_other_settings_than_were_begun_with_are_answered_too(model_and_processor, replay):
+    replay, _ = replay
+    model, processor = model_and_processor
+    inputs = turn(processor, make_image(1))
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, -4:]
+    for _ in range(3):
+        with torch.inference_mode():
+            output = model.generate(
+                **replay.prepare(inputs, 4),
+                generation_config=generation_config(4),
+                output_hidden_states=True,
+                return_dict_in_generate=True,
+            )
+        assert torch.equal(output.sequences[0, -4:], expected)
+        assert len(output.hidden_states) == 4 and output.hidden_states[0] is not None
+
+
+def test_a_model_gets_back_what_it_had(model_and_processor):
+    model, _ = model_and_processor
+    own, hooked = model.forward, lambda **given: own(**given)
+    model.forward = hooked
+    try:
+        replay = Replay(model, TapeRecorder())
+        assert model.forward is not hooked
+        replay.close()
+        assert model.forward is hooked
+    finally:
+        del model.forward
+    assert not {"forward", "create_masks_for_generate"} & vars(model).keys()
+
+
 def test_prompts_of_many_lengths_share_recordings(model_and_processor, replay):
     replay, recorder = replay
     model, processor = model_and_processor
@@ -179,18 +244,19 @@ def test_a_batch_of_different_prompts(model_and_processor, replay):
 
 def test_a_longer_conversation_gets_a_larger_cache(model_and_processor, replay):
     replay, recorder = replay
-    inputs = {name: torch.ones(1, 70, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    inputs = {name: torch.ones(1, 200, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
     small = replay.prepare(inputs, 8)[CACHE]
-    assert replay.prepare(inputs, SHORTEST_CACHE - 2 * PROMPT_STEP)[CACHE] is small
-    large = replay.prepare(inputs, SHORTEST_CACHE - 2 * PROMPT_STEP + 1)[CACHE]
+    assert replay.prepare(inputs, SHORTEST_CACHE - 4 * PROMPT_STEP)[CACHE] is small
+    large = replay.prepare(inputs, SHORTEST_CACHE - 4 * PROMPT_STEP + 1)[CACHE]
     assert large is not small and large.get_max_length() == 2 * SHORTEST_CACHE
     assert replay.prepare(inputs, 8)[CACHE] is large  # shorter ones do not take it away
+    at_first = recorder.recorded
     expected = converse(model_and_processor)
     assert converse(model_and_processor, replay) == converse(model_and_processor, replay) == expected
     before = recorder.recorded
     assert replay.prepare({name: values.repeat(2, 1) for name, values in inputs.items()}, 8)[CACHE] is not large
     assert converse(model_and_processor, replay) == converse(model_and_processor, replay) == expected
-    assert recorder.recorded == 2 * before  # those that held the old cache are gone
+    assert recorder.recorded - before == before - at_first > 0  # those that held the old cache are gone
 
 
 def test_sampled_answers_and_regions(model_and_processor, replay):
