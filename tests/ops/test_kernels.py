@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,27 +98,38 @@ def test_a_wrong_name_is_refused() -> None:
         make_model().set_kernels("tritn")
 
 
+ON_A_GPU = pytest.mark.parametrize(
+    ("cases", "operation", "count"),
+    [
+        pytest.param(pooling_cases, pool_and_normalise, 15, id="pooling"),
+        pytest.param(attention_cases, attend, 21, id="attention"),
+        pytest.param(convolution_cases, convolve, 12, id="convolution"),
+        pytest.param(sampling_cases, sample_points, 72, id="sampling"),
+        pytest.param(mixing_cases, sample_and_mix, 24, id="mixing"),
+    ],
+)
+
+
 @pytest.mark.gpu
 @on_gpu
-def test_kernels_agree_with_pytorch_on_a_gpu() -> None:
+@ON_A_GPU
+def test_kernels_agree_with_pytorch_on_a_gpu(cases: Any, operation: Any, count: int) -> None:
     load_kernels("triton")
-    assert sampling_cases.compare("triton", "cuda") == 72
-    assert attention_cases.compare("triton", "cuda") == 21
-    assert convolution_cases.compare("triton", "cuda") == 12
-    assert pooling_cases.compare("triton", "cuda") == 15
-    assert mixing_cases.compare("triton", "cuda") == 24
+    assert cases.compare("triton", "cuda", operation) == count
 
 
 @pytest.mark.gpu
 @on_gpu
-def test_compiled_with_kernels_equals_eager_without(monkeypatch: pytest.MonkeyPatch) -> None:
+@ON_A_GPU
+def test_compiled_kernels_agree_with_pytorch_on_a_gpu(cases: Any, operation: Any, count: int) -> None:
+    load_kernels("triton")
+    assert cases.compare("triton", "cuda", torch.compile(operation, fullgraph=True)) == count
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_compiled_model_with_kernels_equals_an_eager_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    load_kernels("triton")
-    assert sampling_cases.compare("triton", "cuda", torch.compile(sample_points, fullgraph=True)) == 72
-    assert attention_cases.compare("triton", "cuda", torch.compile(attend, fullgraph=True)) == 21
-    assert convolution_cases.compare("triton", "cuda", torch.compile(convolve, fullgraph=True)) == 12
-    assert pooling_cases.compare("triton", "cuda", torch.compile(pool_and_normalise, fullgraph=True)) == 15
-    assert mixing_cases.compare("triton", "cuda", torch.compile(sample_and_mix, fullgraph=True)) == 24
     model, images = make_model().cuda(), torch.randn(4, 3, 64, 64, device="cuda")
     expected = model(images).pooler_output
     expected.square().mean().backward()
