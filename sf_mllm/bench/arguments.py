@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -70,7 +70,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     _add_startup(parsers["startup"])
     _add_plot(parsers["plot"])
     for name in (ALL, "preprocess", "encoder", "chat", "startup"):
-        _add_common(parsers[name], name)
+        add_common(parsers[name], name)
     asks_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
     if not asks_for_help and (not arguments or arguments[0].startswith("-")):
         arguments = [ALL, *arguments]
@@ -81,7 +81,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _add_common(parser: argparse.ArgumentParser, command: str) -> None:
+def add_common(parser: argparse.ArgumentParser, command: str) -> None:
+    """Add where and how to measure, and where rows go.
+
+    Args:
+        parser: to add to.
+        command: of `COMMANDS`, that it measures as.
+    """
     if command != "startup":
         parser.add_argument("--images", type=Path, metavar="FOLDER", help="your images (default: drawings are made)")
         parser.add_argument(
@@ -131,21 +137,39 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
         help=f"of the images: 224, 1792x224, ... or {_OWN_SIZE}, each tower's own (default: {_OWN_SIZE}); the "
         "position embedding of a ViT is resized",
     )
-    parser.add_argument("--batch", nargs="+", type=_whole(1), default=[1], metavar="N", help="images of a call")
+    add_arrangements(parser, PRECISIONS, batch=[1], precision=["float32"], mode=["eager"])
+
+
+def add_arrangements(
+    parser: argparse.ArgumentParser,
+    precisions: Mapping[str, str],
+    *,
+    batch: list[int],
+    precision: list[str],
+    mode: list[str],
+) -> None:
+    """Add what towers are measured in: batches, precisions, modes.
+
+    Args:
+        parser: to add to.
+        precisions: that can be chosen, of `choices.PRECISIONS`.
+        batch: default.
+        precision: default.
+        mode: default.
+    """
     parser.add_argument(
-        "--precision",
+        "--batch",
         nargs="+",
-        choices=PRECISIONS,
-        default=["float32"],
-        help="; ".join(f"{name}: {text}" for name, text in PRECISIONS.items()) + " (default: float32)",
+        type=_whole(1),
+        default=batch,
+        metavar="N",
+        help=f"images of a call (default: {' '.join(map(str, batch))})",
     )
-    parser.add_argument(
-        "--mode",
-        nargs="+",
-        choices=MODES,
-        default=["eager"],
-        help="; ".join(f"{name}: {text}" for name, text in MODES.items()) + " (default: eager)",
-    )
+    for option, choices, default in (("--precision", precisions, precision), ("--mode", MODES, mode)):
+        what = "; ".join(f"{name}: {text}" for name, text in choices.items())
+        parser.add_argument(
+            option, nargs="+", choices=choices, default=default, help=f"{what} (default: {' '.join(default)})"
+        )
 
 
 def _add_towers(parser: argparse.ArgumentParser) -> None:

@@ -28,13 +28,14 @@ def check_reference(output: Tensor) -> None:
         raise WrongResultError("wrong: different inputs give the same output in eager float32")
 
 
-def check_output(output: Tensor, reference: Tensor, precision: str) -> float:
+def check_output(output: Tensor, reference: Tensor, precision: str, tolerance: float | None = None) -> float:
     """Compare an output with the reference.
 
     Args:
         output: [B, ...]; of a larger batch than the reference the first ones are compared.
         reference: of eager float32.
         precision: that decides what is close enough.
+        tolerance: largest relative error that passes; None: that of the precision.
 
     Returns:
         The relative error: distance over the length of the reference.
@@ -46,7 +47,7 @@ def check_output(output: Tensor, reference: Tensor, precision: str) -> float:
         raise WrongResultError(f"wrong: shape {list(output.shape)}, in eager float32 {list(reference.shape)}")
     count = min(len(output), len(reference))
     error = _distance(output[:count], reference[:count])
-    tolerance = TOLERANCES[precision]
+    tolerance = TOLERANCES[precision] if tolerance is None else tolerance
     if not error <= tolerance:  # also if it is not a number
         raise WrongResultError(f"wrong: relative error {error:.2g} against eager float32, at most {tolerance:g} passes")
     return error

@@ -1,15 +1,16 @@
 """Time and memory of vision towers, from normalised pixels on the device to tokens.
 
 Protocol `encoder-speed-1`: towers are called in turns on the same images, each in the size asked for, or its own.
-Before anything is timed, the tokens of the first images must be those of the same weights in eager float32.
+Before anything is timed, the tokens of the first images must be those of the same weights in eager float32, computed
+by the tower itself or, where it has one, by its reference, which it must then equal in eager float32, too.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sf_mllm.bench.conditions import Conditions, refuse_repeated
@@ -48,19 +49,44 @@ def measure_encoders(
     Args:
         names: of towers; ratios are to the first one.
         conditions: where and how.
+        sizes: see `measure_towers`.
+        batches: see there.
+        precisions: see there.
+        modes: see there.
+
+    Raises:
+        InputError: a tower is unknown, or the device cannot do what is asked.
+    """
+    refuse_repeated(list(names), "Tower")
+    loaders = {name: find_tower(name) for name in names}
+    yield from measure_towers(loaders, conditions, sizes=sizes, batches=batches, precisions=precisions, modes=modes)
+
+
+def measure_towers(
+    loaders: Mapping[str, TowerLoader],
+    conditions: Conditions,
+    *,
+    sizes: Sequence[ImageSize | None],
+    batches: Sequence[int],
+    precisions: Sequence[str],
+    modes: Sequence[str],
+) -> Iterator[Row]:
+    """Yield a row for each tower in each arrangement.
+
+    Args:
+        loaders: of towers, by the names for their rows; ratios are to the first one.
+        conditions: where and how.
         sizes: of the images; None: each tower's own.
         batches: images of one call.
         precisions: of `choices.PRECISIONS`.
         modes: of `choices.MODES`.
 
     Raises:
-        InputError: a tower is unknown, or the device cannot do what is asked.
+        InputError: the device cannot do what is asked.
     """
-    refuse_repeated(list(names), "Tower")
     arrangements = list(itertools.product(precisions, modes, batches))
     for precision, mode, _ in arrangements:
         check_support(precision, mode, conditions.device)
-    loaders = {name: find_tower(name) for name in names}
     for size in sizes:
         candidates: dict[str, _Candidate | Exception] = {}
         for name, loader in loaders.items():
@@ -75,12 +101,24 @@ def measure_encoders(
 def _load(loader: TowerLoader, size: ImageSize | None, conditions: Conditions) -> _Candidate:
     tower = loader(size)
     pixel_values = tower.normalise(conditions.images.pixels(_REFERENCE_IMAGES, tower.size)).to(conditions.device)
-    with computing_in("float32", conditions.device):
-        # One by one: that the batch does not matter is part of what is checked.
-        reference = torch.cat([tower.module.to(conditions.device)(image[None]).float().cpu() for image in pixel_values])
-    tower.module.cpu()
+    tokens = _eager_tokens(tower.module, pixel_values)
+    if tower.reference is None:
+        reference = tokens
+    else:
+        reference = _eager_tokens(tower.reference, pixel_values)
+        check_output(tokens, reference, "float32")
     check_reference(reference)
     return _Candidate(tower, reference)
+
+
+def _eager_tokens(module: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Return the tokens of a module in eager float32, on the CPU: [B, N, D]."""
+    device = pixel_values.device
+    with computing_in("float32", device):
+        # One by one: that the batch does not matter is part of what is checked.
+        tokens = torch.cat([module.to(device)(image[None]).float().cpu() for image in pixel_values])
+    module.cpu()
+    return tokens
 
 
 def _compare(
@@ -149,7 +187,8 @@ def _prepare(row: Row, candidate: _Candidate, conditions: Conditions) -> Work:
         with computing_in(precision, device):
             return module(pixel_values)
 
-    row.relative_error = round_to(check_output(work(), candidate.reference, precision), 2)
+    tolerance = tower.tolerances.get(precision)
+    row.relative_error = round_to(check_output(work(), candidate.reference, precision, tolerance), 2)
     if row.mode != "cuda-graphs":  # whose memory is taken once, when it is recorded
         forget_peak(device)
     for _ in range(conditions.warmup):

@@ -13,6 +13,7 @@ from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.image_processing_sparseformer import SparseFormerImageProcessor
 from sf_mllm.encoder.layers import MatrixGenerator, ZeroStartLinear
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
+from sf_mllm.encoder.published import published_config
 from sf_mllm.training.instruct.part_files import find_encoder
 from sf_mllm.training.instruct.parts import load_encoder
 
@@ -37,9 +38,23 @@ def find_published_encoder(name: str) -> TowerLoader:
     Raises:
         InputError: no published size has that name.
     """
-    name = _SHORT_NAMES.get(name, name)
+    name = published_name(name)
     processor = SparseFormerImageProcessor.from_name(name)
-    return lambda size: _make_tower(random_encoder(name), processor, RANDOM, size)
+    return lambda size: make_encoder_tower(random_encoder(name), processor, RANDOM, size)
+
+
+def published_name(name: str) -> str:
+    """Return the full name of a published size.
+
+    Args:
+        name: "base", "large" or a full name.
+
+    Raises:
+        InputError: no published size has that name.
+    """
+    name = _SHORT_NAMES.get(name, name)
+    published_config(name)
+    return name
 
 
 def find_encoder_directory(path: str) -> TowerLoader:
@@ -52,7 +67,7 @@ def find_encoder_directory(path: str) -> TowerLoader:
 
     def load(size: ImageSize | None) -> Tower:
         encoder, processor = load_encoder(path, torch.float32)
-        return _make_tower(encoder, processor, path, size)
+        return make_encoder_tower(encoder, processor, path, size)
 
     return load
 
@@ -75,9 +90,17 @@ def random_encoder(name: str) -> SparseFormerModel:
     return model
 
 
-def _make_tower(
+def make_encoder_tower(
     encoder: SparseFormerModel, processor: SparseFormerImageProcessor, weights: str, size: ImageSize | None
 ) -> Tower:
+    """Make a tower of an encoder of ours.
+
+    Args:
+        encoder: in float32, on the CPU.
+        processor: its preprocessing.
+        weights: see `Tower`.
+        size: of the images; None: the processor's.
+    """
     return Tower(
         module=EncoderTokens(encoder),
         weights=weights,

@@ -60,7 +60,8 @@ class Row:
     outcome: str = COMPLETE
     """One of those above, or what went wrong."""
     relative_error: Value = ""
-    """Distance from the same model in eager float32, over the length of its output."""
+    """Distance from the same weights in eager float32, of a tower's reference if it has one, over the length of that
+    output."""
     time_ms: Value = ""
     """Median."""
     time_ms_q25: Value = ""

@@ -3,7 +3,7 @@
 import argparse
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -45,6 +45,25 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         InputError: something cannot be had or done here.
     """
+    names = (*DEFAULT_CHATS, *getattr(options, "towers", DEFAULT_TOWERS), *getattr(options, "models", ()))
+    measure = _COMMANDS[options.command]
+    return report(lambda device: measure(options, device), options, names)
+
+
+def report(measure: Callable[[torch.device], Iterable[Row]], options: argparse.Namespace, names: Sequence[str]) -> int:
+    """Measure, show each row as it comes, and append it to the file that the options name.
+
+    Args:
+        measure: yields the rows.
+        options: with `device`, `threads` and `rows`, as `arguments.add_common` makes them.
+        names: of the models, for the width of their column.
+
+    Returns:
+        See `run`.
+
+    Raises:
+        InputError: something cannot be had or done here.
+    """
     _quiet_libraries()
     device = choose_device(options.device)
     if options.threads is not None:
@@ -57,9 +76,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"{where['device']}, {threads} threads, PyTorch {where['torch']}, revision {where['revision']}", flush=True)
     has_random = has_bad = False
     group = ""
-    names = (*DEFAULT_CHATS, *getattr(options, "towers", DEFAULT_TOWERS), *getattr(options, "models", ()))
     width = max(map(len, names))
-    for row in _COMMANDS[options.command](options, device):
+    for row in measure(device):
         if describe_group(row) != group:
             group = describe_group(row)
             print(group)
@@ -77,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _measure_all(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    conditions = _conditions(options, device)
+    conditions = make_conditions(options, device)
     precision = str(choose_dtype(None, device)).removeprefix("torch.")
     yield from measure_preprocessing(DEFAULT_TOWERS, conditions, sizes=[_OVERVIEW_SIZE])
     yield from measure_encoders(
@@ -96,13 +114,13 @@ def _measure_all(options: argparse.Namespace, device: torch.device) -> Iterator[
 
 
 def _measure_preprocess(options: argparse.Namespace, device: torch.device) -> Iterable[Row]:
-    return measure_preprocessing(options.towers, _conditions(options, device), sizes=options.size)
+    return measure_preprocessing(options.towers, make_conditions(options, device), sizes=options.size)
 
 
 def _measure_encoder(options: argparse.Namespace, device: torch.device) -> Iterable[Row]:
     return measure_encoders(
         options.towers,
-        _conditions(options, device),
+        make_conditions(options, device),
         sizes=options.size,
         batches=options.batch,
         precisions=options.precision,
@@ -113,7 +131,7 @@ def _measure_encoder(options: argparse.Namespace, device: torch.device) -> Itera
 def _measure_chat(options: argparse.Namespace, device: torch.device) -> Iterable[Row]:
     return measure_chats(
         options.models,
-        _conditions(options, device),
+        make_conditions(options, device),
         batches=options.batch,
         precision=options.precision or str(choose_dtype(None, device)).removeprefix("torch."),
         modes=options.mode,
@@ -142,7 +160,12 @@ _COMMANDS = {
 }
 
 
-def _conditions(options: argparse.Namespace, device: torch.device) -> Conditions:
+def make_conditions(options: argparse.Namespace, device: torch.device) -> Conditions:
+    """Return the conditions that the options of `arguments.add_common` ask for.
+
+    Raises:
+        InputError: the folder of images holds none.
+    """
     return Conditions(device, Images(options.images), repeats=options.repeats, seconds=options.seconds)
 
 

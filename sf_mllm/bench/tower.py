@@ -1,7 +1,7 @@
 """A vision tower as it is measured, whatever library it comes from."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
@@ -25,6 +25,10 @@ class Tower:
         std: that they are divided by then.
         preprocess: from a picture to pixels [3, H, W], as the tower's library does it; None if it has no such part.
         kernels: of an encoder of ours, those that it is timed with; None: those it starts with, as the reference does.
+        reference: another implementation with the same weights, whose tokens in eager float32 are those to be computed;
+            None: the module itself.
+        tolerances: by precision, the largest relative errors that pass where those of `precision.TOLERANCES` do not
+            fit.
     """
 
     module: nn.Module
@@ -34,6 +38,8 @@ class Tower:
     std: tuple[float, ...]
     preprocess: Callable[[Image.Image], Tensor] | None
     kernels: str | None = None
+    reference: nn.Module | None = None
+    tolerances: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.module.requires_grad_(False).eval()

@@ -4,7 +4,7 @@ from torch import nn
 
 from sf_mllm.bench import encoder
 from sf_mllm.bench.conditions import Conditions
-from sf_mllm.bench.encoder import measure_encoders
+from sf_mllm.bench.encoder import measure_encoders, measure_towers
 from sf_mllm.bench.images import Images
 from sf_mllm.bench.our_towers import EncoderTokens
 from sf_mllm.bench.precision import prepare_variant
@@ -137,6 +137,21 @@ def test_so_is_a_tower_that_does_not_look_at_each_image(name, reason):
     wrong, vit = measure(name, "vit", batches=[3])
     assert wrong.outcome.startswith("wrong: ") and reason in wrong.outcome and wrong.time_ms == ""
     assert vit.outcome == "complete" and vit.time_ratio == ""  # there is nothing to compare with
+
+
+def test_a_tower_with_a_reference_must_compute_what_that_computes():
+    def loader(reference, **tolerances):
+        settings = {"reference": reference, "tolerances": tolerances}
+        return lambda _: Tower(Patches(), "random", ImageSize(32, 32), (0.5,) * 3, (0.2,) * 3, None, **settings)
+
+    loaders = {"alone": loader(None), "equal": loader(Patches()), "other": loader(OfTheWholeBatch())}
+    rows = list(measure_towers(loaders, CONDITIONS, **ARRANGEMENT))
+    assert [row.outcome[:21] for row in rows] == ["complete", "complete", "wrong: relative error"]
+    assert rows[1].relative_error == 0 and rows[1].ratio_to == "alone" and rows[2].time_ms == ""
+    changes = {"precisions": ["bfloat16"]}
+    loaders = {"strict": loader(None, bfloat16=1e-6), "usual": loader(None, float32=0)}
+    strict, usual = measure_towers(loaders, CONDITIONS, **{**ARRANGEMENT, **changes})
+    assert strict.outcome.endswith("at most 1e-06 passes") and usual.outcome == "complete"
 
 
 def test_out_of_memory_is_a_row_and_the_others_go_on():
