@@ -7,7 +7,7 @@ PRECISIONS = {
     "float16": "weights and activations in float16",
     "bfloat16-autocast": "float32 weights, bfloat16 autocast",
     "float16-autocast": "float32 weights, float16 autocast",
-    "float8": "bfloat16, products of the transformer blocks in float8 by torchao (CUDA)",
+    "float8": "bfloat16, products of the transformer blocks in float8, scales fixed on other drawings (CUDA)",
     "int8": "float32, products of the transformer blocks in int8 by torchao",
 }
 """Of an encoder. Coordinates of a SparseFormer stay in float32 in each of them."""

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sf_mllm.bench.conditions import Conditions, refuse_repeated
 from sf_mllm.bench.correctness import check_output, check_reference
-from sf_mllm.bench.precision import check_support, computing_in, prepare_variant
+from sf_mllm.bench.images import DISTINCT_IMAGES, draw
+from sf_mllm.bench.precision import CALIBRATED, check_support, computing_in, prepare_variant
 from sf_mllm.bench.rows import Row, round_to
 from sf_mllm.bench.sizes import ImageSize
 from sf_mllm.bench.timing import Work, forget_peak, free_memory, held_bytes, peak_gib, to_gib, wait
@@ -25,6 +26,7 @@ from sf_mllm.bench.towers import find_tower
 PROTOCOL = "encoder-speed-1"
 STEP = "encoder"
 _REFERENCE_IMAGES = 2
+_CALIBRATION_IMAGES = 32
 
 
 @dataclass
@@ -175,10 +177,15 @@ def _prepare(row: Row, candidate: _Candidate, conditions: Conditions) -> Work:
     row.visual_tokens = candidate.reference.shape[1]
     row.width, row.height = tower.size
     row.parameters_m = round_to(sum(p.numel() for p in tower.module.parameters()) / 1e6)
-    forget_peak(device)
+    calibration = None
+    if precision in CALIBRATED:
+        # Drawings that are neither timed nor checked.
+        calibration = tower.normalise(draw(_CALIBRATION_IMAGES, tower.size, first=DISTINCT_IMAGES))
+    free_memory(device)
     held = held_bytes(device)
     assert isinstance(row.batch, int)
-    module = prepare_variant(tower.module, precision, row.mode, device, tower.kernels)
+    module = prepare_variant(tower.module, precision, row.mode, device, tower.kernels, calibration)
+    forget_peak(device)  # calibrating is no part of it
     row.weights_gib = to_gib(sum(_count_bytes(tensor) for tensor in (*module.parameters(), *module.buffers())))
     dtype = next(module.parameters()).dtype
     pixel_values = tower.normalise(conditions.images.pixels(row.batch, tower.size)).to(device, dtype)

@@ -68,14 +68,19 @@ class Images:
         return torch.stack([pil_to_tensor(image) for image in images])
 
 
-def draw(count: int, size: ImageSize) -> Tensor:
-    """Draw images of any shape, long ones as several scenes side by side: [count, 3, height, width] uint8."""
+def draw(count: int, size: ImageSize, first: int = 0) -> Tensor:
+    """Draw images of any shape, long ones as several scenes side by side: [count, 3, height, width] uint8.
+
+    Args:
+        count: of the images.
+        size: of each.
+        first: number of the first one; each number stands for other scenes.
+    """
     side, length = min(size), max(size)
     scenes_each = math.ceil(length / side)
     at_once = max(1, _PIXELS_AT_ONCE // side**2)
-    scenes = torch.cat(
-        [render(sample_scenes(some, _SCENES), side) for some in torch.arange(count * scenes_each).split(at_once)]
-    )
+    indices = torch.arange(first * scenes_each, (first + count) * scenes_each)
+    scenes = torch.cat([render(sample_scenes(some, _SCENES), side) for some in indices.split(at_once)])
     axis = 2 if size.width >= size.height else 1
     strips = [torch.cat(list(some), dim=axis) for some in scenes.split(scenes_each)]  # [3, side, scenes_each * side]
     return torch.stack(strips)[:, :, : size.height, : size.width].contiguous()

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sf_mllm.bench.choices import COMPILE_MODES
@@ -16,6 +16,8 @@ from sf_mllm.errors import InputError
 
 _WEIGHTS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.bfloat16}
 _AUTOCAST = {"bfloat16-autocast": torch.bfloat16, "float16-autocast": torch.float16}
+CALIBRATED = ("float8",)
+"""Precisions that need images to fix their scales on."""
 TOLERANCES = {
     "float32": 1e-3,
     "tf32": 0.02,
@@ -46,7 +48,12 @@ def check_support(precision: str, mode: str, device: torch.device) -> None:
 
 
 def prepare_variant(
-    module: nn.Module, precision: str, mode: str, device: torch.device, kernels: str | None = None
+    module: nn.Module,
+    precision: str,
+    mode: str,
+    device: torch.device,
+    kernels: str | None = None,
+    calibration: Tensor | None = None,
 ) -> nn.Module:
     """Return a copy of a float32 module on the device, cast, quantised and compiled; calls need `computing_in`.
 
@@ -56,25 +63,26 @@ def prepare_variant(
         mode: of `choices.MODES`.
         device: to compute on.
         kernels: see `Tower.kernels`.
+        calibration: [B, 3, H, W], normalised; for `CALIBRATED` precisions, which fix their scales on them.
 
     Raises:
-        InputError: there is nothing to quantise.
+        InputError: there is nothing to quantise, or nothing to fix scales on.
     """
     variant = copy.deepcopy(module).to(device, _WEIGHTS.get(precision, torch.float32))
     if kernels is not None:
         assert isinstance(variant, EncoderTokens), "other towers have none"
         variant.encoder.set_kernels(kernels)
     if precision in QUANTIZATIONS:
-        _quantize_blocks(variant, precision)
+        _quantize_blocks(variant, precision, calibration)
     if mode == "eager":
         return variant
     return torch.compile(variant, dynamic=False, mode=COMPILE_MODES[mode])  # type: ignore[return-value]
 
 
-def _quantize_blocks(variant: nn.Module, name: str) -> None:
+def _quantize_blocks(variant: nn.Module, name: str, calibration: Tensor | None) -> None:
     """Quantise the transformer blocks of any tower as `quantize_cortex` quantises ours."""
     if isinstance(variant, EncoderTokens):
-        quantize_cortex(variant.encoder, name)
+        quantize_cortex(variant.encoder, name, calibration)
         return
     # Of whatever library: blocks are what a tower has a numbered list of. The output layer of PyTorch's own attention
     # is read by the attention itself, which takes no quantised weights; its input layer is no linear layer at all.
@@ -87,7 +95,7 @@ def _quantize_blocks(variant: nn.Module, name: str) -> None:
     ]
     if not layers:
         raise InputError(f"The tower has no blocks with linear layers, so that '{name}' would change nothing.")
-    quantize_layers(layers, name)
+    quantize_layers(variant, layers, name, calibration)
 
 
 @contextmanager

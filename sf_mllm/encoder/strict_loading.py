@@ -25,6 +25,16 @@ class StrictLoadingMixin:
         refuse_misfit(cls.__name__, pretrained_model_name_or_path, info)
         return (model, info) if with_info else model
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, but raise where nothing could load the result.
+
+        Raises:
+            InputError: the cortex was quantised after loading.
+        """
+        if not all(getattr(module, "can_be_saved", True) for module in self.modules()):  # type: ignore[attr-defined]
+            raise InputError("A quantised encoder cannot be saved; save it before quantize_cortex, or load it again.")
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
 
 def refuse_misfit(class_name: str, path: str | os.PathLike[str], loading_info: dict[str, Any]) -> None:
     """Raise if a checkpoint did not fit its model exactly.

@@ -120,8 +120,8 @@ def test_a_wrong_implementation_is_not_timed(monkeypatch):
         def forward(self, pixel_values):
             return self.module(pixel_values).roll(1, dims=1)
 
-    def prepare(module, precision, mode, device, kernels):
-        variant = prepare_variant(module, precision, "eager", device, kernels)
+    def prepare(module, precision, mode, *settings):
+        variant = prepare_variant(module, precision, "eager", *settings)
         return Off(variant) if mode == "compiled" else variant
 
     monkeypatch.setattr(encoder, "prepare_variant", prepare)

@@ -19,6 +19,12 @@ def test_drawings_have_the_size_and_something_everywhere(size):
         assert (part == 0).float().mean() < 0.5
 
 
+def test_drawings_with_other_numbers_are_others():
+    size = ImageSize(64, 32)
+    assert torch.equal(draw(2, size, first=3), draw(5, size)[3:])
+    assert len(torch.unique(torch.cat([draw(4, size), draw(4, size, first=4)]).flatten(1), dim=0)) == 8
+
+
 def test_a_large_batch_repeats_a_few_different_images():
     pixels = Images().pixels(DISTINCT_IMAGES + 2, ImageSize(32, 32))
     assert len(pixels) == DISTINCT_IMAGES + 2

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sf_mllm import quantize_cortex
+from sf_mllm.encoder.float8 import Float8Linear
 from sf_mllm.encoder.quantization import check_quantization
 from sf_mllm.errors import InputError
 from sf_mllm.training.instruct.parts import load_encoder
@@ -32,7 +33,11 @@ def run(model, pixel_values):
 
 
 def quantised_layers(model):
-    return {name for name, module in model.named_modules() if is_quantised(getattr(module, "weight", None))}
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Float8Linear) or is_quantised(getattr(module, "weight", None))
+    }
 
 
 def is_quantised(weight):
@@ -90,7 +95,7 @@ def test_settings_of_the_process_stay(torchao):
     ("name", "message"),
     [
         ("int4", r"'int4' is unknown\. Did you mean 'int8'\? Allowed: float8, int8"),
-        ("float8", r"needs a CUDA device of compute capability 8\.9 or higher, got cpu; take int8"),
+        ("float8", r"needs a CUDA device of compute capability 8\.9 or higher, got cpu; take int8\.$"),
     ],
 )
 def test_what_cannot_be_had_is_refused_in_one_sentence(torchao, name, message):
@@ -100,7 +105,14 @@ def test_what_cannot_be_had_is_refused_in_one_sentence(torchao, name, message):
     assert quantised_layers(model) == set()
 
 
-def test_older_devices_and_other_weights_are_refused_for_float8(torchao, monkeypatch):
+def test_int8_takes_no_calibration_images(torchao, pixel_values):
+    model = tiny_model()
+    with pytest.raises(InputError, match="'int8' scales activations at each call; leave the calibration images out"):
+        quantize_cortex(model, "int8", calibration=pixel_values)
+    assert quantised_layers(model) == set()
+
+
+def test_older_devices_and_other_weights_are_refused_for_float8(monkeypatch):
     capabilities = {"cuda:0": (8, 0), "cuda:1": (9, 0)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[str(device)])
     check_quantization("float8", torch.device("cuda:1"))
@@ -119,6 +131,13 @@ def test_a_second_time_is_refused(torchao):
         quantize_cortex(model, "int8")
 
 
+def test_what_nothing_could_load_is_not_saved(torchao, tmp_path):
+    model = tiny_model()
+    quantize_cortex(model, "int8")
+    with pytest.raises(InputError, match="A quantised encoder cannot be saved"):
+        model.save_pretrained(tmp_path)
+
+
 def test_without_torchao_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(
@@ -131,13 +150,16 @@ def test_without_torchao_one_sentence_says_what_to_install(monkeypatch):
 @pytest.mark.gpu
 @needs_float8
 @pytest.mark.parametrize("name", ["float8", "int8"])
-def test_the_cortex_multiplies_in_8_bits_on_a_gpu(torchao, name, pixel_values):
+def test_the_cortex_multiplies_in_8_bits_on_a_gpu(name, pixel_values):
+    if name == "int8":
+        pytest.importorskip("torchao")
     encoder, _ = load_encoder("demo:sf_llava", torch.bfloat16)
     model, pixels = encoder.cuda(), pixel_values.cuda().bfloat16()
     before = run(model, pixels)
-    quantize_cortex(model, name)
+    layers = linear_layers_of_the_cortex(model)
+    quantize_cortex(model, name, calibration=-pixels if name == "float8" else None)
     after = run(model, pixels)
-    assert quantised_layers(model) == linear_layers_of_the_cortex(model)
+    assert quantised_layers(model) == layers
     assert torch.equal(after.rois, before.rois)
     assert 0 < relative_error(after.last_hidden_state, before.last_hidden_state) < 0.06
     compiled = run(torch.compile(model, dynamic=False, fullgraph=True), pixels)
