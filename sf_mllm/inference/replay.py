@@ -116,7 +116,7 @@ class Replay:
             "position_ids": (mask.long().cumsum(dim=-1) - 1).clamp(min=0),
             self._cache_name: self._empty_cache(batch, length + padding + max_new_tokens),
         }
-        self._seen = self._begun = None
+        self._forget_begun()
         with torch.inference_mode():
             self._begun = self._begin(given)
         return given
@@ -129,11 +129,12 @@ class Replay:
         for name in _EXCHANGED:
             del vars(self._model)[name]
         vars(self._model).update(self._model_had)
-        self._cache, self._cache_shape, self._seen, self._begun = None, (0, 0), None, None
+        self._forget_begun()
+        self._cache, self._cache_shape = None, (0, 0)
 
     def _begin(self, given: dict[str, Any]) -> "_Begun":
         """Start the forward pass that `generate` will ask for first; the host waits for the device only at once."""
-        layers: list[Any] = given[self._cache_name].layers
+        cache = given[self._cache_name]
         num_placeholders = int((given["input_ids"] == self._model.config.image_token_id).sum())
         if (pixel_values := given.get("pixel_values")) is not None:
             self._seen = (pixel_values, self._get_image_features(pixel_values=pixel_values, return_dict=True))
@@ -149,19 +150,26 @@ class Replay:
             output = self._model_forward(**arguments, return_dict=True)
         finally:
             self._num_placeholders = None
-        lengths = [layer.cumulative_length for layer in layers]
-        torch._foreach_zero_(lengths)  # `generate` shall find an empty cache
+        lengths = [layer.cumulative_length for layer in cache.layers]
+        # `generate` shall find an empty cache, and not wait for the device to hear that it is.
+        torch._foreach_zero_(lengths)
+        vars(cache)["get_seq_length"] = _no_length
         return _Begun(_kind_of(arguments), arguments.get("attention_mask"), output, lengths, given["input_ids"].shape)
 
     def _take_begun(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward: returns what `prepare` has begun if that is what is asked for."""
-        begun, self._begun = self._begun, None
+        begun = self._begun
         is_begun = begun is not None and not args and begun.kind == _kind_of(kwargs) and self._has_seen(kwargs)
-        self._seen = None
+        self._forget_begun()
         if begun is None or not is_begun:
             return self._model_forward(*args, **kwargs)
         torch._foreach_add_(begun.lengths, begun.shape[1])
         return begun.output
+
+    def _forget_begun(self) -> None:
+        self._seen = self._begun = None
+        if self._cache is not None:
+            vars(self._cache).pop("get_seq_length", None)
 
     def _has_seen(self, arguments: dict[str, Any]) -> bool:
         """Whether a forward pass is asked for with the images that `prepare` has begun with, or without any."""
@@ -368,6 +376,11 @@ def _kind_of(arguments: dict[str, Any]) -> Any:
     """Return what arguments of the whole model have in common with others that ask for the same, but for images."""
     names = sorted(arguments.keys() - {"return_dict", "pixel_values", "mm_encoder_outputs"})
     return _kind(*_flatten({name: arguments[name] for name in names}))
+
+
+def _no_length(layer_idx: int = 0) -> int:
+    """`get_seq_length` of an empty cache."""
+    return 0
 
 
 def _causal_mask(mask: Tensor, capacity: int) -> Tensor:

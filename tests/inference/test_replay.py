@@ -3,10 +3,12 @@
 import functools
 import inspect
 import logging
+import traceback
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, GenerationMixin, MistralConfig
 
@@ -152,6 +154,31 @@ def test_what_is_begun_is_what_generate_asks_for(model_and_processor, replay, mo
         assert torch.equal(first[name], again[name])
     if (mask := again.get("attention_mask")) is not None:
         assert torch.equal(first["attention_mask"], mask)
+
+
+def test_generate_does_not_wait_for_what_is_begun(model_and_processor, replay):
+    """What asks a device for a value waits for all that it has been given to do."""
+    replay, _ = replay
+    model, processor = model_and_processor
+    inputs = turn(processor, make_image(1))
+
+    class Waits(TorchDispatchMode):
+        places: list[str]
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if any(name in str(function) for name in ("item", "is_nonzero", "_local_scalar", "equal.default")):
+                frames = [frame for frame in traceback.extract_stack() if "transformers" in frame.filename]
+                self.places.append(frames[-1].name)
+            return function(*args, **(kwargs or {}))
+
+    given = replay.prepare(inputs, 1)
+    with torch.inference_mode(), Waits() as waits:
+        waits.places = []
+        model.generate(**given, generation_config=generation_config(1))
+    # That the answer has ended needs its token. What transformers asks besides is about settings and, from 5.24 on, about
+    # the prompt, before it prepares the forward pass.
+    asked = set(waits.places) - {"_prepare_special_tokens", "generate", "_get_logits_processor"}
+    assert asked == {"__call__"}
 
 
 def test_other_settings_than_were_begun_with_are_answered_too(model_and_processor, replay):
