@@ -175,8 +175,8 @@ def test_generate_does_not_wait_for_what_is_begun(model_and_processor, replay):
     with torch.inference_mode(), Waits() as waits:
         waits.places = []
         model.generate(**given, generation_config=generation_config(1))
-    # That the answer has ended needs its token. What transformers asks besides is about settings and, from 5.24 on, about
-    # the prompt, before it prepares the forward pass.
+    # That the answer has ended needs its token. What transformers asks besides is about settings and, from 5.24 on,
+    # about the prompt, before it prepares the forward pass.
     asked = set(waits.places) - {"_prepare_special_tokens", "generate", "_get_logits_processor"}
     assert asked == {"__call__"}
 

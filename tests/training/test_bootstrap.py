@@ -314,3 +314,23 @@ def test_a_loss_that_is_no_number_is_named_with_its_step(run_file, monkeypatch):
     config = load_run_config(BootstrapConfig, run_file, ["train.max_steps=6", "train.logging_steps=6"])
     with pytest.raises(InputError, match=r"The loss is nan at step 6, first in step 2 \(tokens\); start a new run"):
         run_bootstrap(config)
+
+
+@pytest.mark.parametrize("part", ["embedding", "feature_map"])
+def test_a_teacher_that_fails_is_named(run_file, monkeypatch, part):
+    targets, calls = BootstrapTask.targets, []
+
+    def spoiled(task, *args):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        calls.append(None)
+        found = targets(task, *args)
+        if len(calls) == 2:
+            getattr(found, part)[0, 0] = math.nan
+        return found
+
+    monkeypatch.setattr(BootstrapTask, "targets", spoiled)
+    config = load_run_config(BootstrapConfig, run_file, ["train.max_steps=6", "train.logging_steps=6"])
+    message = r"nan at step 6, because the teacher's own output is no number in step 2; .* train\.torch_compile=false"
+    with pytest.raises(InputError, match=message):
+        run_bootstrap(config)
+    assert torch.backends.cuda.cudnn_sdp_enabled()

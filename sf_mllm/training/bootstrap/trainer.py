@@ -13,8 +13,10 @@ from sf_mllm.data.image_streams import StreamedImages
 from sf_mllm.data.images import HeldOutImages, TrainingImages
 from sf_mllm.data.teacher_store import StoredViews
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
+from sf_mllm.errors import InputError
 from sf_mllm.training.bootstrap.evaluation import BootstrapEvaluation
 from sf_mllm.training.bootstrap.task import BootstrapTask
+from sf_mllm.training.bootstrap.teachers import TeacherOutput
 from sf_mllm.training.progress import explain_not_finite
 from sf_mllm.training.step_times import StepTimes
 
@@ -91,7 +93,7 @@ class BootstrapTrainer(Trainer):
         output = model(self.task.normalise(inputs["pixel_values"]), output_sampling_points=True)
         self.times.lap("student")
         losses = self.task.losses(output, target)
-        self._note(losses)
+        self._note(losses, target)
         total = self.task.total(losses)
         self.times.lap("losses")
         return (total, output) if return_outputs else total
@@ -100,7 +102,7 @@ class BootstrapTrainer(Trainer):
         """Add the mean of each loss since the last log, and count epochs by images: the Trainer sees one long epoch."""
         self.state.epoch = self.train_dataset.epochs_after(self.state.global_step * self.train_dataset.step_size)
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise explain_not_finite(logs["loss"], self.state.global_step, self._since_when())
+            raise self._explain_not_finite(logs["loss"])
         if "loss" in logs and self._num_losses:
             means = self.accelerator.gather(self._loss_sums[None]).mean(dim=0) / self._num_losses
             logs |= {f"loss_{name}": mean for name, mean in zip(self._loss_names, means.tolist(), strict=True)}
@@ -109,19 +111,29 @@ class BootstrapTrainer(Trainer):
             logs |= self.times.end_interval()
         super().log(logs, start_time)
 
-    def _note(self, losses: dict[str, Tensor]) -> None:
-        """Remember losses without waiting for their values: their sums, and the first steps at which they are none."""
+    def _note(self, losses: dict[str, Tensor], target: TeacherOutput) -> None:
+        """Remember losses without waiting for their values: their sums, and the first steps at which they are none.
+
+        The same of the teacher: where it fails, it is not the student's doing.
+        """
         means = torch.stack([loss.detach().mean() for loss in losses.values()])
         self._loss_names, self._num_losses = list(losses), self._num_losses + 1
         self._loss_sums = self._loss_sums + means
-        step = torch.where(means.isfinite(), math.inf, self.state.global_step + 1)
+        teacher = torch.stack([part.detach().sum(dtype=torch.float32) for part in target]).sum()
+        step = torch.where(torch.cat([means, teacher[None]]).isfinite(), math.inf, self.state.global_step + 1)
         self._first_not_finite = torch.minimum(self._first_not_finite, step)
 
-    def _since_when(self) -> str:
+    def _explain_not_finite(self, loss: float) -> InputError:
         """Say where losses ceased to be numbers; of several processes the first one counts."""
-        firsts = self.accelerator.gather(self._first_not_finite[None]).amin(dim=0).tolist()
+        *firsts, teacher = self.accelerator.gather(self._first_not_finite[None]).amin(dim=0).tolist()
+        if teacher <= min(firsts):
+            return InputError(
+                f"The loss is {loss} at step {self.state.global_step}, because the teacher's own output is no number "
+                f"in step {teacher:.0f}; start a new run with train.torch_compile=false or train.bf16=false."
+            )
         names = [name for name, first in zip(self._loss_names, firsts, strict=True) if first == min(firsts)]
-        return f", first in step {min(firsts):.0f} ({', '.join(names)})"
+        since = f", first in step {min(firsts):.0f} ({', '.join(names)})"
+        return explain_not_finite(loss, self.state.global_step, since)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Give inherited and new parameters their own rates, and decay weight matrices only."""
