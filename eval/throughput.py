@@ -32,7 +32,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     ),
     "gpu-size": (
         *("encoder", *_LARGE[::2], *_GPU, *_SIZES, "--batch", "8"),
-        *("--precision", "bfloat16", "--mode", "eager", "compiled"),
+        *("--precision", "bfloat16", "--mode", "eager", "cuda-graphs"),
     ),
     "gpu-chat": (
         *("chat", "random:sparseformer-7b", "random:llava-1.5-7b", *_GPU),
