@@ -190,6 +190,11 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
             if isinstance(module, StemConvolution | AdaptiveMixing | AdaptiveMixingV1 | Attention):
                 module.kernels = name
 
+    @property
+    def kernels(self) -> str:
+        """What `set_kernels` has chosen."""
+        return self.stem.conv.kernels
+
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """Return None: there is no embedding of inputs, and activation checkpointing must not hook the stem."""
         return None

@@ -22,7 +22,10 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Sta
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import create_masks_for_generate
 
+from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.errors import InputError, first_line
+from sf_mllm.ops.implementations import REFERENCE
+from sf_mllm.ops.kernels import AUTOMATIC, choose_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,8 @@ class Replay:
     Args:
         model: of transformers' LLaVA family.
         record: how to record.
-        compiled: compile what is recorded, which takes minutes for a large language model.
+        compiled: compile what is recorded, which takes minutes for a large language model. An encoder of ours gets the
+            kernels that are the fastest for its device, see `choose_kernels`.
 
     Raises:
         InputError: the model has other parts, or a cache that cannot be static throughout.
@@ -62,6 +66,10 @@ class Replay:
                 "language model has sliding windows; take it as it is."
             )
         record = record or CudaGraphRecorder()
+        self._tower = parts.vision_tower if isinstance(parts.vision_tower, SparseFormerModel) else None
+        self._kernels = REFERENCE if self._tower is None else self._tower.kernels
+        if compiled and self._tower is not None:
+            self._tower.set_kernels(choose_kernels(AUTOMATIC, self._tower.device))
         self._forwards = []
         for name in _PARTS:
             module = getattr(parts, name)
@@ -125,6 +133,8 @@ class Replay:
         """Give the model its own forwards back and forget all recordings."""
         for forward in self._forwards:
             forward.close()
+        if self._tower is not None:
+            self._tower.set_kernels(self._kernels)
         del self._parts.get_image_features, self._parts.get_placeholder_mask
         for name in _EXCHANGED:
             del vars(self._model)[name]

@@ -1,7 +1,9 @@
 """Which implementations of an encoder's own operations there are, and how they are made ready."""
 
 from importlib import import_module
+from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from sf_mllm.errors import InputError, nearest
@@ -13,6 +15,10 @@ _MODULES = {"triton": tuple(f"sf_mllm.ops.{operation}_triton" for operation in _
 
 KERNEL_NAMES = (REFERENCE, *_MODULES)
 """The first one is where a model starts."""
+AUTOMATIC = "auto"
+"""In place of a name: the fastest that is known to compute the same on a device, see `choose_kernels`."""
+_TRIED_CAPABILITY = (9, 0)
+"""Compute capability of the CUDA devices that the tests of the kernels have run on."""
 
 
 def load_kernels(name: str) -> None:
@@ -33,6 +39,26 @@ def load_kernels(name: str) -> None:
                 f"The kernels '{name}' cannot be loaded ({error}); PyTorch for CUDA brings what they need. "
                 f"Use '{REFERENCE}' here."
             ) from error
+
+
+def choose_kernels(name: str, device: torch.device) -> str:
+    """Return the name of kernels for a device.
+
+    Args:
+        name: of `KERNEL_NAMES`, which is returned as it is, or `AUTOMATIC`: "triton" on CUDA devices of the kind that
+            they have been tested on, the reference elsewhere.
+        device: that they would run on.
+
+    Raises:
+        InputError: there are none of that name.
+    """
+    if name != AUTOMATIC:
+        if name not in KERNEL_NAMES:
+            allowed = (AUTOMATIC, *KERNEL_NAMES)
+            raise InputError(f"Kernels '{name}' are unknown.{nearest(name, allowed)} Allowed: {', '.join(allowed)}.")
+        return name
+    is_tried = device.type == "cuda" and torch.cuda.get_device_capability(device) == _TRIED_CAPABILITY
+    return "triton" if is_tried and find_spec("triton") is not None else REFERENCE
 
 
 def require_cuda(tensor: Tensor, *, is_interpreted: bool) -> None:

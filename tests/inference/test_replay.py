@@ -94,6 +94,19 @@ def test_compiled_conversations_are_those_without(model_and_processor, monkeypat
     assert len(graphs) == 4  # encoder, projector, prompts of any length, further tokens
 
 
+def test_a_compiled_encoder_gets_the_fastest_kernels_for_as_long(model_and_processor, monkeypatch):
+    model, _ = model_and_processor
+    tower = model.model.vision_tower
+    monkeypatch.setattr(replay_module, "choose_kernels", lambda name, device: "triton")
+    kernels = []
+    for compiled in (False, True):
+        replay = Replay(model, TapeRecorder(), compiled=compiled)
+        kernels.append(tower.kernels)
+        replay.close()
+        kernels.append(tower.kernels)
+    assert kernels == ["torch", "torch", "triton", "torch"]
+
+
 def test_an_image_is_looked_at_once_and_before_the_answer(model_and_processor, replay):
     replay, _ = replay
     model, processor = model_and_processor

@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.errors import InputError
+from sf_mllm.ops import kernels as kernels_module
 from sf_mllm.ops.attention import ATTENTION_IMPLEMENTATIONS, attend
 from sf_mllm.ops.convolution import CONVOLUTION_IMPLEMENTATIONS, convolve
-from sf_mllm.ops.kernels import KERNEL_NAMES, load_kernels
+from sf_mllm.ops.kernels import KERNEL_NAMES, choose_kernels, load_kernels
 from sf_mllm.ops.mixing import MIXING_IMPLEMENTATIONS, sample_and_mix
 from sf_mllm.ops.pooling import POOLING_IMPLEMENTATIONS, pool_and_normalise
 from sf_mllm.ops.sampling import SAMPLING_IMPLEMENTATIONS, sample_points
@@ -91,6 +92,19 @@ def test_all_names_can_be_loaded() -> None:
     for name in KERNEL_NAMES:
         load_kernels(name)
     assert {frozenset(known) for known in IMPLEMENTATIONS} == {frozenset(KERNEL_NAMES)}
+
+
+def test_the_automatic_choice_goes_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = {"cuda:0": (9, 0), "cuda:1": (8, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[str(device)])
+    choices = {name: choose_kernels("auto", torch.device(name)) for name in ("cpu", "cuda:0", "cuda:1")}
+    assert choices == {"cpu": "torch", "cuda:0": "triton", "cuda:1": "torch"}
+    assert choose_kernels("torch", torch.device("cuda:0")) == "torch"
+    assert choose_kernels("triton", torch.device("cpu")) == "triton"  # which then says what it needs
+    monkeypatch.setattr(kernels_module, "find_spec", lambda name: None)
+    assert choose_kernels("auto", torch.device("cuda:0")) == "torch"
+    with pytest.raises(InputError, match=r"'auot' are unknown\. Did you mean 'auto'\? Allowed: auto, torch, triton"):
+        choose_kernels("auot", torch.device("cpu"))
 
 
 def test_a_wrong_name_is_refused() -> None:

@@ -113,6 +113,8 @@ def test_kernels_reach_student_and_losses(run_file):
         run_bootstrap(config)
     with pytest.raises(InputError, match=r"'tritn' are unknown\. Did you mean 'triton'"):
         make_trainer(read(run_file, "student.kernels=tritn"))
+    trainer = make_trainer(read(run_file))  # by itself
+    assert trainer.task.kernels == trainer.model.kernels == "torch"
 
 
 def test_all_blocks_and_the_head_train_on_request(run_file):

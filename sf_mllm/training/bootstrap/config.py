@@ -57,9 +57,10 @@ class StudentConfig:
     in the paper."""
     train_head: bool = False
     """Train the final norm, the attention pool and the projection too; else they stay the teacher's."""
-    kernels: str = "torch"
-    """What convolves, pools, samples, mixes and attends in training: "torch", PyTorch's own operations, or "triton",
-    kernels for CUDA devices. They make no other student."""
+    kernels: str = "auto"
+    """What convolves, pools, samples, mixes and attends in training: "torch", PyTorch's own operations, "triton",
+    kernels for CUDA devices, or "auto": those on devices that they are tested on, of compute capability 9.0. They make
+    no other student."""
 
 
 @dataclass

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from sf_mllm.encoder.image_processing_sparseformer import SparseFormerImageProcessor
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.encoder.weights_vit import InheritanceReport
+from sf_mllm.ops.kernels import choose_kernels
 from sf_mllm.training.arguments import make_training_arguments
 from sf_mllm.training.attention import without_cudnn_attention
 from sf_mllm.training.bootstrap.config import BootstrapConfig, DataConfig
@@ -68,6 +69,8 @@ def build_trainer(
     """Put teacher, student and images together."""
     teacher = load_teacher(config.teacher)
     student, report = build_student(config, teacher)
+    kernels = choose_kernels(config.student.kernels, arguments.device)
+    student.set_kernels(kernels)
     with arguments.main_process_first(local=False, desc="preparing the images"):  # which may be drawn and are noted
         images = prepare_images(config, run)
     views = open_stored_views(config, teacher, images)
@@ -75,7 +78,7 @@ def build_trainer(
         run.update_record(store=views.store.description["content"])
     training, held_out = make_datasets(images, config, run, arguments, views)
     trainer = BootstrapTrainer(
-        task=BootstrapTask(teacher, config.loss, config.student.kernels),
+        task=BootstrapTask(teacher, config.loss, kernels),
         evaluation=prepare_evaluation(config, teacher, run.path, arguments.device),
         inherited_names=frozenset(report.copied),
         inherited_learning_rate=config.inherited_learning_rate,
@@ -99,8 +102,8 @@ def log_plan(run: RunFolder, trainer: BootstrapTrainer, report: InheritanceRepor
         "global_batch_size": len(dataset) // trainer.args.max_steps,
         "epochs": round(dataset.epochs_after(len(dataset)), 2) or None,  # unknown before tar shards were read
     }
-    run.update_record(**counts)
-    logger.info("Student: %s.", report)
+    run.update_record(**counts, kernels=student.kernels)
+    logger.info("Student: %s; kernels '%s'.", report, student.kernels)
     logger.info(
         "%d tokens an image; %.1fM parameters, %.1fM of them train (teacher's image tower %.1fM).",
         counts["tokens_per_image"],

@@ -15,7 +15,6 @@ def build_student(config: BootstrapConfig, teacher: Teacher) -> tuple[SparseForm
     student, report = SparseFormerModel.from_vit(
         teacher.vit, start_from_class_token=config.student.start_from_class_token, **config.student.overrides
     )
-    student.set_kernels(config.student.kernels)
     num_blocks = len(student.cortex)
     num_trained = config.student.trained_cortex_blocks
     if num_trained is None:
