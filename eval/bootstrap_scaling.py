@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.bootstrap_sizes import SIZES, count_cores, draw_images, run_overrides
+from eval.bootstrap_sizes import SIZES, draw_images, run_overrides
 from eval.scaling import ROOT, check_arrangements, deepspeed_settings, find_device, list_arrangements, python_on
+from sf_mllm.cores import count_cores
 from sf_mllm.errors import CommandLineParser, report_input_errors
 
 if TYPE_CHECKING:

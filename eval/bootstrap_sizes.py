@@ -4,9 +4,10 @@ Random weights cost what trained ones cost. The images are drawings, saved as JP
 photographs do, so keep an eye on the share of time that a run waits for data.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from sf_mllm.cores import count_cores
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "bootstrap"
 
@@ -60,11 +61,6 @@ def run_overrides(
         f"train.gradient_accumulation_steps={accumulation}",
         f"train.torch_compile={str(compiled).lower()}",
     ]
-
-
-def count_cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def draw_images(folder: Path, count: int, image_size: int) -> Path:

@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.bootstrap_sizes import SIZES, count_cores, draw_images, run_overrides
+from eval.bootstrap_sizes import SIZES, draw_images, run_overrides
+from sf_mllm.cores import count_cores
 from sf_mllm.errors import CommandLineParser, InputError, report_input_errors
 from sf_mllm.ops.kernels import KERNEL_NAMES
 

@@ -15,7 +15,6 @@ the best of each variant by its loss on scenes that are neither trained on nor a
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -119,8 +118,7 @@ def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             parallel = options.sharing or 1
             train_variant(parts, own, options.out, device=device, compiled=options.compile, parallel=parallel)
         return 0
-    workers = min(os.cpu_count() or 1, 16)  # a container may see more cores than it may use
-    make_all_texts(settings, parts.tokenizer(), options.out, workers)
+    make_all_texts(settings, parts.tokenizer(), options.out)
     return _train_in_processes(variants, options, arguments)
 
 
@@ -159,7 +157,7 @@ def _speed(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     parts = Parts(settings)
     device = choose_device(options.device)
     compiled = device.type == "cuda" if options.compile is None else options.compile
-    texts = make_all_texts(settings, parts.tokenizer(), options.out, workers=1)
+    texts = make_all_texts(settings, parts.tokenizer(), options.out)
     for run in plan_runs(_choose(options.variants, parts), [0], [0.0], options.teacher_layer):
         figures = measure_speed(parts, run, texts, device=device, compiled=compiled, repeats=options.repeats)
         print(f"{run.variant}: " + "  ".join(f"{name} {value}" for name, value in figures.items()), flush=True)

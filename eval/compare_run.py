@@ -36,6 +36,7 @@ from sf_mllm.bench.rows import describe_provenance
 from sf_mllm.bench.timing import forget_peak, held_bytes, now, peak_gib
 from sf_mllm.config import write_text_atomically
 from sf_mllm.constants import IMAGE_TOKEN
+from sf_mllm.cores import count_cores
 from sf_mllm.data.scenes.questions import QUESTION_TYPES
 from sf_mllm.training.arguments import make_training_arguments
 from sf_mllm.training.instruct.trainer import InstructTrainer
@@ -47,6 +48,7 @@ logger = logging.getLogger("sf_mllm.compare")
 PROTOCOL = "compare-encoders-1"
 
 _ANSWER_BATCH = 512
+_MOST_WORKERS = 16
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ def plan_runs(
     ]
 
 
-def make_all_texts(settings: Settings, tokenizer: PreTrainedTokenizerBase, out: Path, workers: int) -> dict[str, Texts]:
+def make_all_texts(settings: Settings, tokenizer: PreTrainedTokenizerBase, out: Path) -> dict[str, Texts]:
     """Make the training and validation conversations, or read them: with an image in front ("image") and without."""
+    workers = min(count_cores(), _MOST_WORKERS)
     return {
         kind: make_texts(
             tokenizer,
@@ -109,7 +112,7 @@ def train_variant(
     """
     settings = parts.settings
     asked = held_out_questions(settings.questions, settings.domain)
-    texts = make_all_texts(settings, parts.tokenizer(), out, workers=1)
+    texts = make_all_texts(settings, parts.tokenizer(), out)
     for layer in dict.fromkeys(run.layer for run in runs):
         missing = [run for run in runs if run.layer == layer and not result_file(out, run).is_file()]
         if not missing:

@@ -4,7 +4,6 @@ OUT/train/ holds the first, OUT/digits/digit_0/ ... OUT/digits/digit_9/ the seco
 Command: `python -m scripts.demo.digit_images OUT --count 40000 --held-out 2000`.
 """
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from PIL import Image
 
 from scripts.demo.digits import DIGITS, HELD_OUT_SEED, draw_digits
 from scripts.demo.shared import refuse_used_directory
+from sf_mllm.cores import count_cores
 from sf_mllm.errors import CommandLineParser, InputError, report_input_errors
 from sf_mllm.training.run_folder import write_directory_atomically
 
@@ -51,7 +51,7 @@ def export_digits(directory: Path, *, count: int, held_out: int, image_size: int
 
 def write_pictures(folder_of: Callable[[int], Path], count: int, seed: int, image_size: int, device: str) -> None:
     """Write pictures 0 .. count - 1 of a seed as JPEG files, each into the folder of its label."""
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+    with ThreadPoolExecutor(min(count_cores(), 16)) as pool:
         for indices in torch.arange(count, device=device).split(_CHUNK):
             pictures = draw_digits(indices, seed, image_size)
             arrays = pictures.pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -8,7 +8,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from scripts.demo.decoder_data import EncodedBatches, SceneConversations, load_b
 from scripts.demo.decoder_tokenizer import train_tokenizer
 from scripts.demo.shared import Budget, refuse_used_directory
 from sf_mllm.constants import IGNORE_INDEX
+from sf_mllm.cores import count_cores
 from sf_mllm.data.scenes.domains import DOMAINS
 from sf_mllm.errors import CommandLineParser, InputError, report_input_errors
 from sf_mllm.training.progress import configure_logging
@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=5000, help="held-out questions at the end (default: 5000)")
     parser.add_argument("--evaluate-every-s", type=float, default=60, help="seconds between evaluations (default: 60)")
     parser.add_argument("--samples", type=int, default=1000, help="questions of those evaluations (default: 1000)")
-    workers = min(os.cpu_count() or 1, 16)  # a container may see more cores than it may use
+    workers = min(count_cores(), 16)
     parser.add_argument("--workers", type=int, default=workers, help="processes that make data (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="default: the accelerator if any")

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from sf_mllm.constants import IMAGE_TOKEN
+from sf_mllm.cores import count_cores
 from sf_mllm.data.chat import encode_conversation
 from sf_mllm.data.conversation_sources import JoinedConversations
 from sf_mllm.data.messages import Conversation
@@ -243,7 +244,6 @@ def _digest(conversation: Conversation) -> int:
 
 def _count_processes(num_rows: int, decode_images: bool) -> int:
     """Return how many processes check rows: 0 is this one alone."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = num_rows // (_DECODED_ROWS_A_PROCESS if decode_images else _ROWS_A_PROCESS)
-    processes = min(cores, _MAX_PROCESSES, wanted)
+    processes = min(count_cores(), _MAX_PROCESSES, wanted)
     return processes if processes > 1 else 0

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import TrainingArguments
 
+from sf_mllm.cores import count_cores
 from sf_mllm.data.augment import CropSettings, RandomViews, Views, parse_resolutions
 from sf_mllm.data.image_sources import ImagesInMemory, ImageSource, digest
 from sf_mllm.data.image_specs import open_images
@@ -61,8 +62,7 @@ def loader_defaults(train: dict[str, Any]) -> dict[str, Any]:
             "train.dataloader_persistent_workers cannot be set for a bootstrap run; it reads its images in one pass, "
             "so its workers live as long as training does."
         )
-    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores = len(affinity) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return {"dataloader_num_workers": max(0, min(_MAX_WORKERS, cores - 1)), **train}
 
 

@@ -1,7 +1,6 @@
 """The sources of a run's conversations, opened, and which of their rows training uses."""
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from sf_mllm.cores import count_cores
 from sf_mllm.data.conversation_sources import JoinedConversations
 from sf_mllm.data.conversation_specs import open_conversations
 from sf_mllm.data.mixtures import draw_rows
@@ -162,7 +162,7 @@ def draw_scenes(folder: Path, config: InstructConfig) -> tuple[str, str]:
 
     logger.info("Drawing %d scenes in %s", config.data.scenes_count, folder)
     count = config.data.scenes_count
-    workers = min(os.cpu_count() or 1, _MAX_PROCESSES, 1 + count // _SCENES_PER_PROCESS)
+    workers = min(count_cores(), _MAX_PROCESSES, 1 + count // _SCENES_PER_PROCESS)
     export.export_scenes(folder, count=count, seed=config.data.seed, workers=workers)
     return str(folder / export.CONVERSATIONS_FILE), str(folder / export.IMAGE_FOLDER)
 
