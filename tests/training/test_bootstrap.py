@@ -1,6 +1,5 @@
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from sf_mllm.training.bootstrap.student import build_student, count_trained_bloc
 from sf_mllm.training.bootstrap.task import BootstrapTask
 from sf_mllm.training.bootstrap.teachers import load_teacher
 from sf_mllm.training.run_folder import RunFolder
+from tests.training.killed_runs import run_until_killed_at_step_5
 
 
 def read(run_file, *overrides):
@@ -105,30 +105,11 @@ def test_blocks_up_to_two_thirds_of_the_teacher_train(num_blocks, first, expecte
     assert count_trained_blocks(num_blocks, first) == expected
 
 
-KILLED_AT_STEP_5 = """
-import os, signal, sys
-from sf_mllm.training.bootstrap.__main__ import main
-from sf_mllm.training.progress import ProgressReporter
-
-def kill(self, args, state, control, **kwargs):
-    if state.global_step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-ProgressReporter.on_step_end = kill
-main(sys.argv[1:])
-"""
-
-
 def test_a_killed_run_resumes_and_ends_with_the_same_weights(run_file):
     """8 steps over almost 3 epochs of random crops; killed after step 5 and resumed from 3, with workers."""
     undisturbed = weights_of(run_bootstrap(read(run_file, f"output_dir={run_file.parent / 'a'}")))
     overrides = [f"output_dir={run_file.parent / 'b'}", "train.dataloader_num_workers=2"]
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_STEP_5, str(run_file), *overrides],
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert killed.returncode == -signal.SIGKILL
+    assert run_until_killed_at_step_5(str(run_file), *overrides) == -signal.SIGKILL
     config = read(run_file, *overrides)
     torch.testing.assert_close(weights_of(run_bootstrap(config)), undisturbed, rtol=0, atol=0)
     assert [row["step"] for row in rows_of(config.output_dir) if "loss" in row] == [2, 4, 6, 8]

@@ -3,8 +3,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -26,6 +24,7 @@ from sf_mllm.training.bootstrap.config import BootstrapConfig, DataConfig
 from sf_mllm.training.bootstrap.images import crop_settings, find_run_images, loader_defaults, make_datasets
 from sf_mllm.training.bootstrap.run import run_bootstrap
 from sf_mllm.training.run_folder import RunFolder
+from tests.training.killed_runs import run_until_killed_at_step_5
 
 
 def encode(value):
@@ -69,20 +68,6 @@ def find(run_file, *overrides):
     return find_run_images(read(run_file, *overrides), run_file.parent / "scenes")
 
 
-KILLED_AT_STEP_5 = """
-import os, signal, sys
-from sf_mllm.training.bootstrap.__main__ import main
-from sf_mllm.training.progress import ProgressReporter
-
-def kill(self, args, state, control, **kwargs):
-    if state.global_step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-ProgressReporter.on_step_end = kill
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_run_on_shards_resumes_and_ends_with_the_same_weights(run_file, shards, workers):
     """8 steps of 4 images over 24, a bad one among them; killed after step 5 and resumed from 3."""
@@ -96,12 +81,7 @@ def test_a_killed_run_on_shards_resumes_and_ends_with_the_same_weights(run_file,
     assert record_of(config)["data"]["images"] == "5 tar shards" and record_of(config)["unreadable_images"] == 1
     assert multiprocessing.active_children() == []
     overrides.append(f"output_dir={run_file.parent / 'b'}")
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_STEP_5, str(run_file), *overrides],
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert killed.returncode == -signal.SIGKILL
+    assert run_until_killed_at_step_5(str(run_file), *overrides) == -signal.SIGKILL
     config = read(run_file, *overrides)
     resumed = load_file(run_bootstrap(config) / "model.safetensors")
     torch.testing.assert_close(resumed, undisturbed, rtol=0, atol=0)

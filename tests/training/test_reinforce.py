@@ -1,9 +1,6 @@
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -29,7 +26,8 @@ from sf_mllm.training.reinforce import run as reinforce_run
 from sf_mllm.training.reinforce.run import make_store
 from sf_mllm.training.reinforce.store_origin import fingerprint_teacher
 from sf_mllm.training.run_folder import RunFolder
-from tests.training.test_bootstrap import KILLED_AT_STEP_5, rows_of, weights_of
+from tests.training.killed_runs import run_until_killed_at_step_5
+from tests.training.test_bootstrap import rows_of, weights_of
 
 STORE = ("store.crops=3", "store.grid=2", "train.per_device_eval_batch_size=7", "train.dataloader_num_workers=0")
 
@@ -154,12 +152,7 @@ def test_a_killed_run_with_store_and_workers_resumes_and_ends_with_the_same_weig
     undisturbed = weights_of(run_bootstrap(read(run_file, f"output_dir={run_file.parent / 'a'}")))
     overrides = [f"output_dir={run_file.parent / 'b'}", "train.dataloader_num_workers=2"]
     command = [str(run_file), *STORE, f"store.path={run_file.parent / 'store'}", *overrides]
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_STEP_5, *command],
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert killed.returncode == -signal.SIGKILL
+    assert run_until_killed_at_step_5(*command) == -signal.SIGKILL
     torch.testing.assert_close(weights_of(run_bootstrap(read(run_file, *overrides))), undisturbed, rtol=0, atol=0)
     starts = json.loads((run_file.parent / "b" / "run.json").read_text())["starts"]
     assert [start["resumed_from"] for start in starts] == [None, "checkpoint-3"]
