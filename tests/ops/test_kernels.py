@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sf_mllm.cores import count_cores
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.errors import InputError
@@ -70,7 +71,7 @@ def interpret(cases: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[dict[str, "Future[subprocess.CompletedProcess[str]]"]]:
     """The scripts of cases, running side by side."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         yield {cases: pool.submit(interpret, cases) for cases in INTERPRETED}
         pool.shutdown(cancel_futures=True)
 
