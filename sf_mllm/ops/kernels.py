@@ -27,10 +27,7 @@ def load_kernels(name: str) -> None:
     Raises:
         InputError: there is none of that name, or what it needs is not installed.
     """
-    if name not in KERNEL_NAMES:
-        raise InputError(
-            f"Kernels '{name}' are unknown.{nearest(name, KERNEL_NAMES)} Allowed: {', '.join(KERNEL_NAMES)}."
-        )
+    _refuse_unknown(name, KERNEL_NAMES)
     for module in _MODULES.get(name, ()):
         try:
             import_module(module)
@@ -52,13 +49,16 @@ def choose_kernels(name: str, device: torch.device) -> str:
     Raises:
         InputError: there are none of that name.
     """
+    _refuse_unknown(name, (AUTOMATIC, *KERNEL_NAMES))
     if name != AUTOMATIC:
-        if name not in KERNEL_NAMES:
-            allowed = (AUTOMATIC, *KERNEL_NAMES)
-            raise InputError(f"Kernels '{name}' are unknown.{nearest(name, allowed)} Allowed: {', '.join(allowed)}.")
         return name
     is_tried = device.type == "cuda" and torch.cuda.get_device_capability(device) == _TRIED_CAPABILITY
     return "triton" if is_tried and find_spec("triton") is not None else REFERENCE
+
+
+def _refuse_unknown(name: str, allowed: tuple[str, ...]) -> None:
+    if name not in allowed:
+        raise InputError(f"Kernels '{name}' are unknown.{nearest(name, allowed)} Allowed: {', '.join(allowed)}.")
 
 
 def require_cuda(tensor: Tensor, *, is_interpreted: bool) -> None:
