@@ -31,7 +31,7 @@ TABLES: dict[str, tuple[str, ...]] = {
         *("--precision", "bfloat16", "--mode", "compiled", "cuda-graphs"),
     ),
     "gpu-size": (
-        *("encoder", *_LARGE[::2], *_GPU, *_SIZES, "--batch", "8"),
+        *("encoder", *_LARGE[::2], f"{_LARGE[0]}@triton", *_GPU, *_SIZES, "--batch", "8"),
         *("--precision", "bfloat16", "--mode", "eager", "cuda-graphs"),
     ),
     "gpu-chat": (
