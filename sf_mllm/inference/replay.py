@@ -4,14 +4,17 @@ For each token Python starts some twenty kernels a layer, one by one, which can 
 batch is small. A CUDA graph starts all of them at once, but only for inputs of the shapes, and a cache at the address,
 that it was recorded with. So prompts are padded to a few lengths, and all answers share one static cache.
 `generate` of transformers stays in charge: it calls the same modules, whose forward is exchanged. It keeps the host
-busy for a while before it asks for the first token; so the device begins with the prompt before it is called.
+busy for a while before it asks for the first token; so the device begins with the prompt before it is called, in a
+stream of its own: `generate` moves settings to the device and reads values back, and would wait each time until the
+prompt is through.
 """
 
+import contextlib
 import functools
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +98,7 @@ class Replay:
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # the latter before transformers 5.24
         self._cache: StaticCache | None = None
         self._cache_shape = (0, 0)
+        self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
     def prepare(self, inputs: dict[str, Tensor], max_new_tokens: int) -> dict[str, Any]:
         """Pad prompts on the left, give them an empty cache, and have the device begin with their forward pass.
@@ -125,7 +129,7 @@ class Replay:
             self._cache_name: self._empty_cache(batch, length + padding + max_new_tokens),
         }
         self._forget_begun()
-        with torch.inference_mode():
+        with torch.inference_mode(), self._aside():
             self._begun = self._begin(given)
         return given
 
@@ -141,6 +145,21 @@ class Replay:
         vars(self._model).update(self._model_had)
         self._forget_begun()
         self._cache, self._cache_shape = None, (0, 0)
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Let the device work beside what the host asks for afterwards, until `_join`."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def _join(self) -> None:
+        """Let what the host asks for from now on wait, on the device, for what was begun aside."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def _begin(self, given: dict[str, Any]) -> "_Begun":
         """Start the forward pass that `generate` will ask for first; the host waits for the device only at once."""
@@ -177,6 +196,7 @@ class Replay:
         return begun.output
 
     def _forget_begun(self) -> None:
+        self._join()  # before the memory that the work aside reads and writes can be used for something else
         self._seen = self._begun = None
         if self._cache is not None:
             vars(self._cache).pop("get_seq_length", None)

@@ -194,6 +194,59 @@ def test_generate_does_not_wait_for_what_is_begun(model_and_processor, replay):
     assert asked == {"__call__"}
 
 
+class LoggedStream:
+    """Stands for a CUDA stream: says who waits for whom, and what runs in it."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log, self.device = name, log, torch.device("cuda:0")
+
+    def wait_stream(self, other: "LoggedStream") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def __enter__(self) -> None:
+        self.log.append(f"in {self.name}")
+
+    def __exit__(self, *exception) -> None:
+        self.log.append(f"out of {self.name}")
+
+
+def test_what_is_begun_has_a_stream_of_its_own_and_is_waited_for(model_and_processor, replay, monkeypatch):
+    replay, _ = replay
+    model, processor = model_and_processor
+    inputs, log = turn(processor, make_image(1)), []
+    host, aside = LoggedStream("host", log), LoggedStream("aside", log)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: host)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(replay, "_stream", aside)
+    language_model = model.model.language_model
+    forward = language_model.forward
+    language_model.forward = lambda *args, **kwargs: log.append("language model") or forward(*args, **kwargs)
+    take = replay._take_begun
+    replay._take_begun = lambda *args, **kwargs: log.append("generate asks") or take(*args, **kwargs)
+    begun = ["aside waits for host", "in aside", "language model", "out of aside"]
+    try:
+        for _ in range(2):
+            with torch.inference_mode():
+                model.generate(**replay.prepare(inputs, 2), generation_config=generation_config(2))
+            answered = [
+                "generate asks",
+                "host waits for aside",
+                "generate asks",
+                "host waits for aside",
+                "language model",
+            ]
+            assert log == ["host waits for aside", *begun, *answered]
+            log.clear()
+        with torch.inference_mode():
+            replay.prepare(inputs, 2)
+            log.clear()
+            replay.prepare(inputs, 2)  # what was begun before is never asked for
+        assert log == ["host waits for aside", *begun]
+    finally:
+        language_model.forward = forward
+        del replay._take_begun
+
+
 def test_other_settings_than_were_begun_with_are_answered_too(model_and_processor, replay):
     replay, _ = replay
     model, processor = model_and_processor
@@ -420,8 +473,9 @@ def test_recorded_graphs_on_a_gpu(compiled, caplog):
     record, recorded = CudaGraphRecorder(), []
     replay = Replay(model, lambda function: recorded.append(record(function)) or recorded[-1], compiled=compiled)
     with caplog.at_level(logging.WARNING):
-        for image, answers in zip(images, expected, strict=True):
-            assert converse((model, processor), replay, image) == answers
+        for _ in range(3):  # with an end token, so that `generate` waits for its own stream while the prompt is read
+            for image, answers in zip(images, expected, strict=True):
+                assert converse((model, processor), replay, image) == answers
     assert len(recorded) >= 4 and not caplog.messages  # encoder, projector, prompt and further tokens
     replay.close()
     assert converse((model, processor), image=images[0]) == expected[0]
