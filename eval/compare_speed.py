@@ -20,6 +20,7 @@ from eval.compare_model import join_llava
 from eval.compare_parts import Parts
 from eval.compare_run import Run, encode_prompts
 from sf_mllm.bench.timing import forget_peak, peak_gib, time_in_turns
+from sf_mllm.compiler import mend_compiler
 from sf_mllm.constants import IMAGE_TOKEN
 from sf_mllm.vlm.adapters import add_adapters
 
@@ -64,6 +65,7 @@ def measure_speed(
         pixel_values = tower.prepare(pixels).to(dtype)
         image = IMAGE_TOKEN * peer.num_tokens + "\n"
         if compiled:
+            mend_compiler()
             model.model.vision_tower.tower = torch.compile(model.model.vision_tower.tower, dynamic=False)
             model.model.multi_modal_projector = torch.compile(model.model.multi_modal_projector, dynamic=False)
         figures["encoder_compiled"] = compiled

@@ -37,6 +37,7 @@ from scripts.demo.clip_step import (
     phrase_loss,
     split_text,
 )
+from sf_mllm.compiler import mend_compiler
 from sf_mllm.constants import CLIP_MEAN, CLIP_STD
 from sf_mllm.data.scenes.domains import DOMAINS
 from sf_mllm.data.scenes.tasks import build_tasks, task_set_of
@@ -102,6 +103,8 @@ def train(options: argparse.Namespace) -> list[ZeroShotResult]:
     torch.set_float32_matmul_precision("high")
     clip = build_model(config, options.seed)
     task = TeacherTask(clip, domain).to(device)
+    if options.compile:
+        mend_compiler()
     # Every step has the same shapes, so each is compiled once.
     forward = torch.compile(task, dynamic=False) if options.compile else task
     batches = BatchMaker(options.batch_size, options.seed, device, domain=domain, compiles=options.compile)

@@ -24,6 +24,7 @@ from eval.scene_qa import AskedScene, answer_from_texts, format_results, held_ou
 from scripts.demo.decoder_data import EncodedBatches, SceneConversations, load_batches
 from scripts.demo.decoder_tokenizer import train_tokenizer
 from scripts.demo.shared import Budget, refuse_used_directory
+from sf_mllm.compiler import mend_compiler
 from sf_mllm.constants import IGNORE_INDEX
 from sf_mllm.cores import count_cores
 from sf_mllm.data.scenes.domains import DOMAINS
@@ -77,6 +78,7 @@ class DecoderTraining:
         )
         self.loss = _answer_loss
         if compiles:
+            mend_compiler()
             # Layer by layer: the model around them then sees that there is no mask, and uses plain causal attention.
             for layer in model.model.layers:
                 layer.compile(dynamic=False)

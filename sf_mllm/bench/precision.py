@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sf_mllm.bench.choices import COMPILE_MODES
 from sf_mllm.bench.our_towers import EncoderTokens
+from sf_mllm.compiler import mend_compiler
 from sf_mllm.encoder.quantization import QUANTIZATIONS, check_quantization, quantize_cortex, quantize_layers
 from sf_mllm.errors import InputError
 
@@ -76,6 +77,7 @@ def prepare_variant(
         _quantize_blocks(variant, precision, calibration)
     if mode == "eager":
         return variant
+    mend_compiler()
     return torch.compile(variant, dynamic=False, mode=COMPILE_MODES[mode])  # type: ignore[return-value]
 
 

@@ -25,6 +25,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Sta
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import create_masks_for_generate
 
+from sf_mllm.compiler import mend_compiler
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.errors import InputError, first_line
 from sf_mllm.ops.implementations import REFERENCE
@@ -71,8 +72,10 @@ class Replay:
         record = record or CudaGraphRecorder()
         self._tower = parts.vision_tower if isinstance(parts.vision_tower, SparseFormerModel) else None
         self._kernels = REFERENCE if self._tower is None else self._tower.kernels
-        if compiled and self._tower is not None:
-            self._tower.set_kernels(choose_kernels(AUTOMATIC, self._tower.device))
+        if compiled:
+            mend_compiler()
+            if self._tower is not None:
+                self._tower.set_kernels(choose_kernels(AUTOMATIC, self._tower.device))
         self._forwards = []
         for name in _PARTS:
             module = getattr(parts, name)

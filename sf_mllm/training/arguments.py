@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from sf_mllm.compiler import mend_compiler
 from sf_mllm.errors import InputError, first_line, nearest
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,8 @@ def make_training_arguments(train: dict[str, Any], checkpoints: str | Path, seed
             arguments.n_gpu,
         )
         arguments._n_gpu = 1
+    if arguments.torch_compile:
+        mend_compiler()
     return arguments
 
 

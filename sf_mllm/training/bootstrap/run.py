@@ -11,7 +11,6 @@ from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.encoder.weights_vit import InheritanceReport
 from sf_mllm.ops.kernels import choose_kernels
 from sf_mllm.training.arguments import make_training_arguments
-from sf_mllm.training.attention import without_cudnn_attention
 from sf_mllm.training.bootstrap.config import BootstrapConfig, DataConfig
 from sf_mllm.training.bootstrap.evaluation import describe_evaluation, measure_at_end, prepare_evaluation
 from sf_mllm.training.bootstrap.images import loader_defaults, make_datasets, prepare_images
@@ -43,7 +42,7 @@ def run_bootstrap(config: BootstrapConfig) -> Path:
     arguments = make_training_arguments(loader_defaults(config.train), run.checkpoints, config.seed)
     check_strategy(arguments, may_split_weights=False)
     check_processes(run, arguments)
-    with run.recording(), without_cudnn_attention():
+    with run.recording():
         trainer, report = build_trainer(config, run, arguments)
         report_progress(trainer, run, describe_evaluation)
         log_plan(run, trainer, report)

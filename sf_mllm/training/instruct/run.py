@@ -11,8 +11,8 @@ from transformers import Trainer, set_seed
 
 from sf_mllm.data.collate import ConversationCollator
 from sf_mllm.training.arguments import make_training_arguments
-from sf_mllm.training.attention import without_cudnn_attention
 from sf_mllm.training.hub import check_repository_name, push_to_hub
+from sf_mllm.training.instruct.attention import without_cudnn_attention
 from sf_mllm.training.instruct.config import InstructConfig
 from sf_mllm.training.instruct.data import prepare_data
 from sf_mllm.training.instruct.parts import load_parts

@@ -30,7 +30,6 @@ from sf_mllm.data.teacher_store import bytes_per_crop
 from sf_mllm.data.teacher_store_writer import StoreWriter
 from sf_mllm.errors import InputError
 from sf_mllm.training.arguments import make_training_arguments
-from sf_mllm.training.attention import without_cudnn_attention
 from sf_mllm.training.bootstrap.config import BootstrapConfig
 from sf_mllm.training.bootstrap.images import RunImages, crop_settings, find_run_images, loader_defaults
 from sf_mllm.training.bootstrap.task import BootstrapTask
@@ -76,11 +75,10 @@ def make_store(config: BootstrapConfig) -> Path:
         num_images=None if isinstance(images.source, TarShards) else images.num_images,
     )
     try:
-        with without_cudnn_attention():
-            held_out = HeldOutGroup(images.held_out_source, images.held_out)
-            maker.make(held_out, WholeImage(), (config.data.resolution, config.data.resolution))
-            crops = RandomCrops(settings, config.data.seed, config.store.crops)
-            maker.make(training, crops, settings.resolutions[0])
+        held_out = HeldOutGroup(images.held_out_source, images.held_out)
+        maker.make(held_out, WholeImage(), (config.data.resolution, config.data.resolution))
+        crops = RandomCrops(settings, config.data.seed, config.store.crops)
+        maker.make(training, crops, settings.resolutions[0])
     except InputError as error:
         raise InputError(strip_worker_traceback(str(error))) from error
     content = writer.finish()
