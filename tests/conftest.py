@@ -1,11 +1,27 @@
+import os
+from pathlib import Path
+
 import pytest
 
-from tests.tiny_vlm import make_sf_llava
+from sf_mllm.cores import count_cores
+
+# Models of tests are so small that threads cost more than they give, and several processes share the cores. Torch reads
+# this when it is imported, and so does what tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which may be absent
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each core, at most four; none for a single file, which would wait for their imports."""
+    is_single_file = len(config.args) == 1 and Path(config.args[0].partition("::")[0]).is_file()
+    return 0 if is_single_file else min(count_cores(), 4)
 
 
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory):
     """Directory of a tiny random model; tests that damage it work on a copy."""
+    from tests.tiny_vlm import make_sf_llava  # torch is imported after its number of threads is known
+
     directory = tmp_path_factory.mktemp("models") / "tiny"
     model, processor = make_sf_llava()
     model.save_pretrained(directory)

@@ -3,8 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sf_mllm.cores import count_cores
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.errors import InputError
@@ -49,38 +46,23 @@ def make_model() -> SparseFormerModel:
     return SparseFormerModel(SparseFormerConfig(focusing_size=64, projection_size=16, **SMALL))
 
 
-INTERPRETED = {
-    "sampling_cases": 72,
-    "pooling_cases": 10,
-    "mixing_cases": 16,
-    "attention_cases": 14,
-    "convolution_cases": 8,
-}
-"""How many cases each script has; those that take longest are first."""
-
-
-def interpret(cases: str) -> subprocess.CompletedProcess[str]:
-    """Run a script of cases in a process whose kernels are interpreted."""
+@pytest.mark.parametrize(
+    ("cases", "count"),
+    [
+        ("sampling_cases", 72),
+        ("pooling_cases", 10),
+        ("mixing_cases", 16),
+        ("attention_cases", 14),
+        ("convolution_cases", 8),
+    ],
+)
+def test_interpreted_kernels_agree_with_pytorch(cases: str, count: int) -> None:
+    """In a process of its own, since Triton decides when it is imported whether it interprets."""
     root = Path(__file__).parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    environment["OMP_NUM_THREADS"] = "1"  # the interpreter is Python
     script = [sys.executable, str(root / "tests" / "ops" / f"{cases}.py"), "cpu"]
-    environment["OMP_NUM_THREADS"] = "1"  # the interpreter is Python: as many scripts at a time as there are cores
-    return subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[dict[str, "Future[subprocess.CompletedProcess[str]]"]]:
-    """The scripts of cases, running side by side."""
-    with ThreadPoolExecutor(count_cores()) as pool:
-        yield {cases: pool.submit(interpret, cases) for cases in INTERPRETED}
-        pool.shutdown(cancel_futures=True)
-
-
-@pytest.mark.parametrize(("cases", "count"), INTERPRETED.items())
-def test_interpreted_kernels_agree_with_pytorch(
-    interpreted: dict[str, "Future[subprocess.CompletedProcess[str]]"], cases: str, count: int
-) -> None:
-    done = interpreted[cases].result()
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"{count} cases agree" in done.stdout and f"{count} traced cases agree" in done.stdout
 

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,39 +180,17 @@ def losses_of(folder):
 NEEDS = {"ddp": needs_resume, "zero2": needs_deepspeed, "zero3": needs_deepspeed, "fsdp": needs_resume}
 
 
-@pytest.fixture(scope="module")
-def killed_runs(request, run_file, tmp_path_factory):
-    """Folder, launcher, arguments and future of each strategy's killed run; one of them runs beside the tests.
-
-    Half the time of a launch is imports of a single process, which leave a core to another launch.
-    """
-    tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    selected = {item.callspec.params.get("strategy") for item in tests}
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        runs = {}
-        for strategy, needs in NEEDS.items():
-            if strategy in selected and not needs.args[0]:
-                folder = tmp_path_factory.mktemp(strategy)
-                launcher, settings = how_to_launch(strategy, folder)
-                arguments = [str(run_file), f"output_dir={folder / 'two'}", *settings]
-                killed = pool.submit(launch, folder, launcher, *arguments, kill=True)
-                runs[strategy] = folder, launcher, arguments, killed
-        yield runs
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize("strategy", [pytest.param(strategy, marks=needs) for strategy, needs in NEEDS.items()])
-def test_two_processes_killed_and_resumed_end_as_one_that_was_not_disturbed(
-    run_file, killed_runs, one_process, strategy
-):
-    folder, launcher, arguments, killed_run = killed_runs[strategy]
-    two = folder / "two"
-    killed = killed_run.result()
+def test_two_processes_killed_and_resumed_end_as_one_that_was_not_disturbed(run_file, one_process, strategy, tmp_path):
+    two = tmp_path / "two"
+    launcher, settings = how_to_launch(strategy, tmp_path)
+    arguments = [str(run_file), f"output_dir={two}", *settings]
+    killed = launch(tmp_path, launcher, *arguments, kill=True)
     assert killed.returncode != 0 and "step 2/5" in killed.stderr and not (two / "model").exists(), killed.stderr
     if strategy == "ddp":
         with pytest.raises(InputError, match=r"2 processes \(DDP\), which take 4 rows a step, and this start has 1 "):
             instruct_run.run_instruct(load_run_config(InstructConfig, run_file, [f"output_dir={two}"]))
-    done = launch(folder, launcher, *arguments)
+    done = launch(tmp_path, launcher, *arguments)
     assert done.returncode == 0, done.stderr
     assert "Resuming at step 2 of 5" in done.stderr and done.stderr.count("Saved the model") == 1
 
