@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -9,12 +10,20 @@ from sf_mllm.cores import count_cores
 # this when it is imported, and so does what tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+gc.disable()  # two fifths of the time of all imports were its own; it is on again before the first test
+
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which may be absent
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """A worker for each core, at most four; none for a single file, which would wait for their imports."""
     is_single_file = len(config.args) == 1 and Path(config.args[0].partition("::")[0]).is_file()
     return 0 if is_single_file else min(count_cores(), 4)
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collection, for which each Trainer asks, skip all that was imported."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,8 @@ needs_resume = pytest.mark.skipif(
 )
 
 ENTRY_POINT = """
-import os, signal, sys
+import gc, os, signal, sys
+gc.set_threshold(200_000)  # imports are most of a run's time, and collecting garbage is two fifths of theirs
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from sf_mllm.training.instruct.__main__ import main
