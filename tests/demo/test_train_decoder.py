@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts.demo import shared
+from scripts.demo import shared, train_decoder
 from scripts.demo.decoder_data import TYPES, EncodedBatches, SceneConversations, load_batches
 from scripts.demo.decoder_tokenizer import VOCABULARY_SIZE, train_tokenizer
 from scripts.demo.shared import Budget
@@ -110,7 +110,9 @@ def test_an_evaluation_does_not_use_up_the_time(monkeypatch):
 
 
 @pytest.mark.parametrize("length", [["--steps", "12"], ["--seconds", "2", "--evaluate-every-s", "1"]])
-def test_a_tiny_run_learns_saves_and_measures(tmp_path, length, capsys):
+def test_a_tiny_run_learns_saves_and_measures(tokenizer, tmp_path, length, capsys, monkeypatch):
+    # Training the tokenizer takes longer than all the rest, and it is the fixture's.
+    monkeypatch.setattr(train_decoder, "train_tokenizer", lambda seed: {0: tokenizer}[seed])
     size = ["--hidden-size", "32", "--layers", "1", "--heads", "2", "--max-length", "160", "--batch-size", "8"]
     data = ["--questions", "9", "--samples", "3", "--workers", "0", "--device", "cpu", "--logging-steps", "1"]
     out = tmp_path / "decoder"
