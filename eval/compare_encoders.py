@@ -3,6 +3,7 @@
     python -m eval.compare_encoders train --out runs/compare --encoders demo:sf_llava DIR25 DIR64 --parallel 4
     python -m eval.compare_encoders speed --out runs/compare
     python -m eval.compare_encoders table runs/compare --rows eval/results
+    python -m eval.compare_encoders table eval/results
 
 Protocol `compare-encoders-1`: every variant has the same decoder, conversations, batches in the same order, LoRA with
 the same start, optimizer steps and held-out questions (`eval.scene_qa`). What differs is the visual tokens, and with
@@ -82,8 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (train, speed):
         command.add_argument("--device", help="cuda, cpu; default: the best there is")
     table = commands.add_parser("table", help="print the table, and keep the results as rows")
-    table.add_argument("folders", nargs="+", type=Path, metavar="OUT", help="folders of train with equal settings")
-    table.add_argument("--rows", type=Path, help="folder whose compare_encoders.csv the results are appended to")
+    table.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="of train, with equal settings, or of kept rows"
+    )
+    table.add_argument("--rows", type=Path, help="folder to whose compare_*.csv the results are appended")
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parser.parse_args(arguments)
     return {"train": _train, "speed": _speed, "table": _table}[options.command](options, arguments)
@@ -144,8 +147,9 @@ def _speed(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         raise InputError(f"--repeats {options.repeats} is not possible; give at least 1.")
     from eval.compare_parts import Parts, Settings
     from eval.compare_run import make_all_texts, plan_runs
-    from eval.compare_speed import measure_speed
+    from eval.compare_speed import COLUMNS, measure_speed
     from eval.compare_table import speed_result_file
+    from sf_mllm.bench.rows import describe_provenance
     from sf_mllm.config import write_text_atomically
     from sf_mllm.inference.loading import choose_device
 
@@ -160,21 +164,25 @@ def _speed(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     texts = make_all_texts(settings, parts.tokenizer(), options.out)
     for run in plan_runs(_choose(options.variants, parts), [0], [0.0], options.teacher_layer):
         figures = measure_speed(parts, run, texts, device=device, compiled=compiled, repeats=options.repeats)
-        print(f"{run.variant}: " + "  ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
-        write_text_atomically(speed_result_file(options.out, run.variant, run.layer), json.dumps(figures, indent=1))
+        print(f"{run.variant}: " + "  ".join(f"{name} {figures[name]}" for name in COLUMNS), flush=True)
+        row = {**figures, "outcome": "complete", **describe_provenance(device.type)}
+        write_text_atomically(speed_result_file(options.out, run.variant, run.layer), json.dumps(row, indent=1))
     return 0
 
 
 def _table(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    from eval.compare_speed import COLUMNS
-    from eval.compare_table import markdown_table, read_results
+    from eval.compare_table import COSTS, RUNS, is_kept, markdown_table, read_results
 
-    rows = read_results(options.folders, COLUMNS)
-    print(markdown_table(rows))
+    print(markdown_table(*read_results(options.folders)))
     if options.rows is not None:
         from eval.rows import append_complete_rows
 
-        append_complete_rows("compare_encoders", rows, options.rows)
+        new = [folder for folder in options.folders if not is_kept(folder)]
+        if not new:
+            raise InputError("--rows keeps what is new, and all of this is kept already; leave it out.")
+        for name, rows in zip((RUNS, COSTS), read_results(new), strict=True):
+            if rows:
+                append_complete_rows(name, rows, options.rows)
     return 0
 
 

@@ -1,5 +1,7 @@
 """What each variant of `eval.compare_encoders` costs, with the device to itself; weights play no part.
 
+Protocol `compare-speed-1`:
+
 - `encoder_ms`: normalised pixels to visual tokens of the language model's width, tower, peer and projector.
 - `first_token_ms`: pixels and one question to the logits of the first token; the language model is not compiled.
 - `answer_memory_gib`: peak of that for a batch of 64, weights included.
@@ -24,6 +26,7 @@ from sf_mllm.compiler import mend_compiler
 from sf_mllm.constants import IMAGE_TOKEN
 from sf_mllm.vlm.adapters import add_adapters
 
+PROTOCOL = "compare-speed-1"
 BATCHES = (1, 64)
 COLUMNS = (
     *(f"encoder_ms_{batch}" for batch in BATCHES),
@@ -39,7 +42,7 @@ _QUESTION = "What color is the small circle?"
 def measure_speed(
     parts: Parts, run: Run, texts: dict[str, Texts], *, device: torch.device, compiled: bool, repeats: int
 ) -> dict[str, Any]:
-    """Return the figures named in `COLUMNS` for the variant of a run.
+    """Return what was measured, for the variant of a run: its settings and the figures named in `COLUMNS`.
 
     Args:
         parts: where models come from.
@@ -59,7 +62,17 @@ def measure_speed(
     model.to(device).eval()
     pixel_values: Tensor | None = None
     image = ""
-    figures: dict[str, Any] = dict.fromkeys(COLUMNS, "")
+    settings = parts.settings
+    figures: dict[str, Any] = {
+        "protocol": PROTOCOL,
+        "variant": run.variant,
+        "tokens_per_image": peer.num_tokens,
+        "teacher_layer": "" if run.layer is None else run.layer,
+        **{name: getattr(settings, name) for name in ("size", "teacher", "decoder", "domain")},
+        "encoders": " ".join(settings.encoders),
+        **{name: getattr(settings, name) for name in ("batch_size", "lora_rank", "max_length")},
+        **dict.fromkeys(COLUMNS, ""),
+    }
     if tower is not None:
         pixels = render_scenes(parts.settings.domain, TRAINING_SEED, range(max(BATCHES)), parts.image_size, device)
         pixel_values = tower.prepare(pixels).to(dtype)

@@ -1,5 +1,6 @@
-"""Results of `eval.compare_encoders`: from run folders to rows, from rows to one table."""
+"""Results of `eval.compare_encoders`: from its folders or kept rows to one table."""
 
+import csv
 import json
 import statistics
 from collections import defaultdict
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sf_mllm.errors import InputError
+
+RUNS, COSTS = "compare_encoders", "compare_speed"
+"""Results files: a row for each run, a row for each variant whose cost was measured."""
 
 TYPES = ("color", "shape", "size", "count", "existence", "position", "relation", "comparison", "description")
 _NAMES = {
@@ -18,47 +22,67 @@ _NAMES = {
     "none": "no image",
 }
 _CHOICES = ("teacher_layer", "projector_learning_rate")
-_OWN_TO_A_FOLDER = ("encoders",)
-"""Settings in which the folders of one table may differ: variants may be spread over several."""
+_SHARED = (
+    *("size", "teacher", "decoder", "domain", "scenes", "questions", "steps", "batch_size", "learning_rate"),
+    *("lora_rank", "max_length"),
+)
+"""Settings that all runs of one table have; `encoders` may differ, since variants may be spread over folders."""
 
 
-def read_results(folders: Sequence[Path], speed_columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Return a row for each finished run, with what its variant costs where that was measured.
+def read_results(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return a row for each finished run, and one for each variant whose cost was measured.
 
     Args:
-        folders: of one comparison.
-        speed_columns: of `compare_speed`; empty in rows whose variant was not measured.
+        folders: of `train`, or with kept rows (eval/results).
 
     Raises:
-        InputError: there is none, or the folders' settings differ.
+        InputError: there is no run, or runs differ in their settings.
     """
-    rows: list[dict[str, Any]] = []
-    settings: dict[str, Any] = {}
+    runs: list[dict[str, Any]] = []
+    costs: list[dict[str, Any]] = []
+    first: tuple[Path, list[str]] | None = None
     for folder in folders:
-        try:
-            found = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"'{folder}' holds no comparison; give the folder of --out.") from error
-        found = {name: value for name, value in found.items() if name not in _OWN_TO_A_FOLDER}
-        differing = sorted(name for name in found if settings and found[name] != settings[name])
-        if differing:
-            raise InputError(
-                f"'{folder}' has other settings than '{folders[0]}' (different: {', '.join(differing)}); "
-                "make a table of each."
-            )
-        settings = found
-        for file in sorted((folder / "runs").glob("*.json")):
-            row = json.loads(file.read_text(encoding="utf-8"))
-            speed_file = speed_result_file(folder, row["variant"], row["teacher_layer"])
-            speed = json.loads(speed_file.read_text(encoding="utf-8")) if speed_file.is_file() else {}
-            measured = {name: speed.get(name, "") for name in speed_columns}
-            # The provenance stays in the last columns.
-            place = list(row).index("features_s")
-            items = list(row.items())
-            rows.append(dict(items[:place]) | measured | dict(items[place:]))
-    if not rows:
+        own_runs, own_costs = _read_folder(folder)
+        for run in own_runs:
+            settings = [str(run[name]) for name in _SHARED]
+            if first is None:
+                first = folder, settings
+            pairs = zip(_SHARED, settings, first[1], strict=True)
+            if differing := [name for name, value, other in pairs if value != other]:
+                raise InputError(
+                    f"'{folder}' has a run with other settings than '{first[0]}' (different: {', '.join(differing)}); "
+                    "make a table of each."
+                )
+        runs += own_runs
+        costs += own_costs
+    if not runs:
         raise InputError(f"No run is finished in {', '.join(map(str, folders))}; start the command train first.")
-    return rows
+    return runs, costs
+
+
+def is_kept(folder: Path) -> bool:
+    """Whether a folder holds rows of a results file, not those of a comparison alone."""
+    return (folder / f"{RUNS}.csv").is_file()
+
+
+def _read_folder(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    if is_kept(folder):
+        # Of what was measured again the last row counts.
+        runs = {tuple(row[name] for name in ("variant", "seed", *_CHOICES)): row for row in _read_rows(folder, RUNS)}
+        return list(runs.values()), _read_rows(folder, COSTS)
+    if not (folder / "settings.json").is_file():
+        raise InputError(f"'{folder}' holds no comparison; give the folder of --out, or one with {RUNS}.csv.")
+    found = (sorted((folder / name).glob("*.json")) for name in ("runs", "speed"))
+    read_runs, read_costs = ([json.loads(file.read_text(encoding="utf-8")) for file in files] for files in found)
+    return read_runs, read_costs
+
+
+def _read_rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    path = folder / f"{name}.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def speed_result_file(out: Path, variant: str, layer: int | str | None) -> Path:
@@ -67,16 +91,21 @@ def speed_result_file(out: Path, variant: str, layer: int | str | None) -> Path:
     return out / "speed" / f"{variant}{suffix}.json"
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return one table of all variants, from rows of `read_results` or of the results file.
+def markdown_table(runs: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str, Any]]) -> str:
+    """Return one table of all variants.
 
     A variant that was tried with several rates or layers is shown with those of the lowest mean validation loss. The
     mean over question types has its range over seeds behind it; all other accuracies are means over seeds.
+
+    Args:
+        runs: of `read_results`.
+        costs: likewise; of a variant measured twice the last one counts.
     """
+    by_variant = {(row["variant"], str(row["teacher_layer"])): row for row in costs}
     variants: dict[str, dict[tuple[str, ...], list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
+    for row in runs:
         variants[row["variant"]][tuple(str(row[name]) for name in _CHOICES)].append(row)
-    chosen = [min(tried.values(), key=lambda runs: _mean(runs, "validation_loss")) for tried in variants.values()]
+    chosen = [min(tried.values(), key=lambda some: _mean(some, "validation_loss")) for tried in variants.values()]
     chosen.sort(key=_order)
     head = [
         *("visual tokens from", "tokens", "mean accuracy (range; seeds)", *TYPES),
@@ -84,11 +113,13 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
         *("training step ms", "training step GiB", "training s"),
     ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    lines += ["| " + " | ".join(_cells(runs)) + " |" for runs in chosen]
+    for some in chosen:
+        cost = by_variant.get((some[0]["variant"], str(some[0]["teacher_layer"])), {})
+        lines.append("| " + " | ".join(_cells(some, cost)) + " |")
     return "\n".join(lines)
 
 
-def _cells(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+def _cells(runs: Sequence[Mapping[str, Any]], cost: Mapping[str, Any]) -> list[str]:
     first = runs[0]
     means = [100 * float(run["accuracy_mean"]) for run in runs]
     overall = f"{statistics.mean(means):.1f} ({min(means):.1f} to {max(means):.1f}; {len(runs)})"
@@ -98,11 +129,11 @@ def _cells(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         str(first["tokens_per_image"]),
         overall,
         *(_percent(runs, f"accuracy_{kind}") for kind in TYPES),
-        f"{_cell(first, 'encoder_ms_1')} / {_cell(first, 'encoder_ms_64')}",
-        f"{_cell(first, 'first_token_ms_1')} / {_cell(first, 'first_token_ms_64')}",
-        _cell(first, "answer_memory_gib"),
-        _cell(first, "train_step_ms"),
-        _cell(first, "train_step_memory_gib"),
+        f"{_cell(cost, 'encoder_ms_1')} / {_cell(cost, 'encoder_ms_64')}",
+        f"{_cell(cost, 'first_token_ms_1')} / {_cell(cost, 'first_token_ms_64')}",
+        _cell(cost, "answer_memory_gib"),
+        _cell(cost, "train_step_ms"),
+        _cell(cost, "train_step_memory_gib"),
         f"{_mean(runs, 'training_s'):.0f}",
     ]
 
@@ -124,5 +155,5 @@ def _percent(runs: Sequence[Mapping[str, Any]], column: str) -> str:
 
 
 def _cell(row: Mapping[str, Any], column: str) -> str:
-    value = row[column]
+    value = row.get(column, "")
     return "-" if value == "" else f"{float(value):.3g}"

@@ -363,27 +363,40 @@ def make_row(variant, seed, loss, accuracy, **changes):
     row |= {"projector_learning_rate": 0.001, "training_s": 60.0, "accuracy_mean": accuracy}
     row |= {f"accuracy_{kind}": accuracy for kind in ("color", "shape", "size", "count", "existence", "position")}
     row |= {"accuracy_relation": 0.25, "accuracy_comparison": "", "accuracy_description": 0.0}
+    return row | changes
+
+
+def make_cost(variant, layer="", **changes):
+    row = {"variant": variant, "teacher_layer": layer, "answer_memory_gib": 0.5, "train_step_ms": 20}
     row |= {f"{what}_ms_{batch}": 1.234 for what in ("encoder", "first_token") for batch in (1, 64)}
-    return row | {"answer_memory_gib": 0.5, "train_step_ms": 20, "train_step_memory_gib": ""} | changes
+    return row | {"train_step_memory_gib": ""} | changes
 
 
 def test_the_table_shows_means_ranges_and_the_choice_of_the_lower_loss():
     rows = [
-        make_row("none", 0, 1.0, 0.4, tokens_per_image=0, encoder_ms_1="", encoder_ms_64=""),
+        make_row("none", 0, 1.0, 0.4, tokens_per_image=0),
         make_row("ours-49", 0, 0.3, 0.96),
         make_row("ours-49", 1, 0.4, 0.98),
         make_row("ours-25", 0, 0.6, 0.9, tokens_per_image=25),
         make_row("pooled", 0, 0.5, 0.80, teacher_layer=-2),
         make_row("pooled", 0, 0.4, 0.70, teacher_layer=-1),
     ]
-    as_read_from_a_file = [{name: str(value) for name, value in row.items()} for row in rows]
-    table = markdown_table(rows)
-    assert markdown_table(as_read_from_a_file) == table
+    costs = [
+        make_cost("none", encoder_ms_1="", encoder_ms_64=""),
+        make_cost("ours-49", train_step_ms=90),  # measured again below
+        make_cost("ours-49"),
+        make_cost("pooled", -2, train_step_ms=30),
+        make_cost("pooled", -1, train_step_ms=40),
+    ]
+    from_file = ([{name: str(value) for name, value in row.items()} for row in kind] for kind in (rows, costs))
+    table = markdown_table(rows, costs)
+    assert markdown_table(*from_file) == table
     _, _, pooled, ours_25, ours_49, none = (
         [cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")
     )
     assert pooled[:3] == ["teacher patches, 2x2 averaged, layer -1", "49", "70.0 (70.0 to 70.0; 1)"]
-    assert ours_25[:2] == ["ours", "25"]
+    assert pooled[15] == "40"
+    assert ours_25[:2] == ["ours", "25"] and ours_25[12:] == ["- / -", "- / -", "-", "-", "-", "60"]
     assert ours_49[:4] == ["ours", "49", "97.0 (96.0 to 98.0; 2)", "97.0"]
     assert ours_49[9:] == ["25.0", "-", "0.0", "1.23 / 1.23", "1.23 / 1.23", "0.5", "20", "-", "60"]
     assert (none[0], none[12]) == ("no image", "- / -")
@@ -401,17 +414,28 @@ def test_the_rehearsal_runs_resumes_and_ends_in_rows(tmp_path, capsys):
     assert main(["speed", "--out", str(out), *speed]) == 0
     capsys.readouterr()
     assert main(["table", str(out), "--rows", str(tmp_path / "rows")]) == 0
-    assert "| teacher patches, resampler, layer -2 | 4 |" in capsys.readouterr().out
-    with (tmp_path / "rows/compare_encoders.csv").open(newline="") as file:
-        rows = {row["variant"]: row for row in csv.DictReader(file)}
+    table = capsys.readouterr().out
+    assert "| teacher patches, resampler, layer -2 | 4 |" in table
+    assert main(["table", str(tmp_path / "rows")]) == 0
+    assert capsys.readouterr().out == table
+    assert main(["table", str(tmp_path / "rows"), "--rows", str(tmp_path / "rows")]) == 2
+    assert "all of this is kept already" in capsys.readouterr().err
+    rows, costs = {}, {}
+    for name, found in (("compare_encoders", rows), ("compare_speed", costs)):
+        with (tmp_path / "rows" / f"{name}.csv").open(newline="") as file:
+            found |= {row["variant"]: row for row in csv.DictReader(file)}
     assert rows.keys() == {"resampler", "ours-4", "none"}
     assert [rows[name]["tokens_per_image"] for name in rows] == [{"none": "0"}.get(name, "4") for name in rows]
-    assert float(rows["resampler"]["encoder_ms_64"]) > 0 and float(rows["resampler"]["train_step_ms"]) > 0
-    assert rows["none"]["encoder_ms_1"] == "" and float(rows["none"]["first_token_ms_1"]) > 0
-    assert rows["ours-4"]["first_token_ms_1"] == ""  # not measured
-    for row in rows.values():
-        assert row["protocol"] == "compare-encoders-1" and row["outcome"] == "complete"
-        assert all(row[column] for column in ("device", "torch", "date", "command", "validation_loss", "training_s"))
+    assert costs.keys() == {"resampler", "none"}
+    assert float(costs["resampler"]["encoder_ms_64"]) > 0 and float(costs["resampler"]["train_step_ms"]) > 0
+    assert costs["none"]["encoder_ms_1"] == "" and float(costs["none"]["first_token_ms_1"]) > 0
+    for found, protocol, measured in (
+        (rows, "compare-encoders-1", ("validation_loss", "training_s")),
+        (costs, "compare-speed-1", ("first_token_ms_64",)),
+    ):
+        for row in found.values():
+            assert row["protocol"] == protocol and row["outcome"] == "complete"
+            assert all(row[column] for column in ("device", "torch", "date", "command", "max_length", *measured))
 
 
 def test_variants_in_processes_of_their_own(tmp_path, capsys):
