@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda")
     peak = options.peak or _find_peak(torch.cuda.get_device_name(device))
     for size, batch, kernels in itertools.product(options.size, options.batch, options.kernels):
-        config, compiled, pixels = _make(size, batch, kernels, device)
+        config, compiled, pixels = make_call(size, batch, kernels, device)
         with computing_in("bfloat16", device):
             call_ms, kernel_times = measure(lambda c=compiled, p=pixels: c(p), options.calls, device)
         rows = make_rows(call_ms, kernel_times, work_of(config, batch, pixels.shape[-2:]), peak)
@@ -236,9 +236,10 @@ def _time(call: Callable[[], Tensor], calls: int) -> float:
     return start.elapsed_time(end) / calls
 
 
-def _make(
+def make_call(
     size: str, batch: int, kernels: str, device: torch.device
 ) -> tuple[SparseFormerConfig, Callable[[Tensor], Tensor], Tensor]:
+    """Return the configuration of a published size, its encoder compiled in bfloat16, and what to call it with."""
     torch._dynamo.reset()
     tower = find_published_encoder(size)(None)
     assert isinstance(tower.module, EncoderTokens)
