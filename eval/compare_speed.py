@@ -130,7 +130,7 @@ def measure_training(
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(**batch).loss
+            loss = model(**batch, use_cache=False).loss
         loss.backward()
         model.zero_grad()
 

@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.cache_utils import Cache
 
 from sf_mllm import register_auto_classes
 from sf_mllm.errors import InputError
@@ -49,6 +50,17 @@ def test_attention_of_cudnn_is_off_while_a_run_trains(parts, tmp_path, monkeypat
     assert is_enabled()
     instruct_run.run_instruct(make_config(parts, tmp_path / "run", train={"max_steps": 2}))
     assert is_enabled() and seen and not any(seen)
+
+
+def test_nothing_is_cached_while_a_run_trains_and_evaluates(parts, tmp_path, monkeypatch):
+    made, init = [], Cache.__init__
+    monkeypatch.setattr(
+        Cache, "__init__", lambda cache, *args, **kwargs: made.append(cache) or init(cache, *args, **kwargs)
+    )
+    config = make_config(parts, tmp_path / "run", train={"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1})
+    monkeypatch.setattr(instruct_run, "show_answers", lambda *args: None)  # which generates, with a cache
+    instruct_run.run_instruct(config)
+    assert not made
 
 
 @pytest.fixture(scope="module")

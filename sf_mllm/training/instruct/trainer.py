@@ -67,6 +67,10 @@ class InstructTrainer(Trainer):
             return self.accelerator.autocast()
         return super().autocast_smart_context_manager(cache_enabled)
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss without a cache: what transformers switches off is the whole model's, not the decoder's."""
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as transformers does, and put the mean over tokens in the place of the mean over batches."""
         output = super().evaluation_loop(*args, **kwargs)
