@@ -34,6 +34,7 @@ from eval.scene_qa import (
 )
 from sf_mllm.bench.rows import describe_provenance
 from sf_mllm.bench.timing import forget_peak, held_bytes, now, peak_gib
+from sf_mllm.compiler import mend_compiler
 from sf_mllm.config import write_text_atomically
 from sf_mllm.constants import IMAGE_TOKEN
 from sf_mllm.cores import count_cores
@@ -195,7 +196,8 @@ def _train_and_answer(
 
     answering = model.merge_and_unload().eval()
     answering = answering.to(device, torch.bfloat16 if is_cuda else torch.float32)
-    answers = answer(answering, tokenizer, asked, seen.held_out, num_tokens)
+    with torch.compiler.set_stance("force_eager"):  # prompts have many lengths
+        answers = answer(answering, tokenizer, asked, seen.held_out, num_tokens)
     results = {result.type: result for result in score(asked, answers)}
     return {
         "protocol": PROTOCOL,
@@ -261,10 +263,13 @@ def make_trainer(
         "dataloader_pin_memory": False,  # the data lies on the device
         "logging_steps": max(1, settings.steps // 10),
         "save_strategy": "no",
-        "torch_compile": compiled,
     }
     if device.type == "cpu":
         train["use_cpu"] = True
+    if compiled:
+        mend_compiler()
+        for layer in model.get_base_model().model.language_model.layers:  # one graph for all, in seconds
+            layer.compile(dynamic=False)
     trainer = InstructTrainer(
         projector_learning_rate=run.projector_learning_rate,
         model=model,

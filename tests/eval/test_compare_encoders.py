@@ -1,6 +1,7 @@
 import csv
 import json
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import open_clip
@@ -289,6 +290,24 @@ class TestTraining:
             answers = model.merge_and_unload().eval()(**batch).logits[:, -2].argmax(-1)
         right = (answers == 30 + kinds).float().mean()
         assert right == (0.5 if variant == "none" else 1.0)
+
+    def test_compiled_training_has_one_graph_for_all_layers(self, tmp_path, monkeypatch):
+        torch._dynamo.reset()
+        graphs: list[torch.fx.GraphModule] = []
+        backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+        monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+        (tmp_path / "runs").mkdir()
+        losses = []
+        for compiled in (False, True):
+            parts = Parts(replace(SETTINGS, steps=3, batch_size=16))
+            model, _, num_tokens = build_model(parts, RUN, parts.tower(RUN.variant, RUN.layer))
+            texts, features, _ = trivial_task(with_image=True)
+            data = TensorConversations(texts, features, image_token_id=4, num_tokens=num_tokens, device=CPU)
+            trainer = make_trainer(model, parts.settings, RUN, data, tmp_path, CPU, compiled)
+            trainer.train()
+            losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert len(graphs) == 1 and model.config.text_config.num_hidden_layers == 2
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 3
 
     def test_variants_of_a_seed_share_batches_and_the_start_of_their_adapters(self, tmp_path):
         orders, adapters = {}, {}
