@@ -79,9 +79,7 @@ class Replay:
         self._forwards = []
         for name in _PARTS:
             module = getattr(parts, name)
-            # Prompts have many lengths, images one size.
-            forward = torch.compile(module.forward, dynamic=name == _LANGUAGE_MODEL) if compiled else None
-            self._forwards.append(ReplayedForward(module, record, forward))
+            self._forwards.append(ReplayedForward(module, record, _compile(module, name) if compiled else None))
         self._parts = parts
         self._get_image_features, self._get_placeholder_mask = parts.get_image_features, parts.get_placeholder_mask
         parts.get_image_features, parts.get_placeholder_mask = self._look_once, self._find_placeholders
@@ -257,6 +255,58 @@ class _Begun:
     """Of the cache's layers, set back to zero."""
     shape: torch.Size
     """Of the prompts, [B, T]."""
+
+
+class CompiledLayers:
+    """The forward of a language model whose layers are compiled: one graph for all of them, not one with all of them.
+
+    transformers tells layers apart by their place in the cache, for which the compiler would make a graph each; so each
+    layer is given its own part of a static cache, whatever place it asks for.
+
+    Args:
+        module: with its layers in `layers`.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._forward, self._layers = module.forward, module.layers
+        self._run = torch.compile(_run_layer, dynamic=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module's own forward returns."""
+        # A layer that somebody has given another forward, as accelerate does for several devices, keeps that.
+        places = [place for place, layer in enumerate(self._layers) if "forward" not in vars(layer)]
+        for place in places:
+            self._layers[place].forward = functools.partial(self._call, place)
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            for place in places:
+                del self._layers[place].forward
+
+    def _call(self, place: int, *args: Any, **kwargs: Any) -> Any:
+        parts = {name: _PartOfCache(value.layers[place]) for name, value in kwargs.items() if isinstance(value, Cache)}
+        return self._run(self._layers[place], *args, **{**kwargs, **parts})
+
+
+class _PartOfCache:
+    """What one layer sees of a cache."""
+
+    def __init__(self, part: Any) -> None:
+        self.part = part
+
+    def update(self, keys: Tensor, values: Tensor, place: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self.part.update(keys, values, *args, **kwargs)
+
+
+def _run_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+def _compile(module: nn.Module, name: str) -> Callable[..., Any]:
+    """Return a part's forward, compiled; images have one size, prompts have many lengths."""
+    if name == _LANGUAGE_MODEL and hasattr(module, "layers"):
+        return CompiledLayers(module)
+    return torch.compile(module.forward, dynamic=name == _LANGUAGE_MODEL)
 
 
 class ReplayedForward:

@@ -17,6 +17,7 @@ from sf_mllm.inference import replay as replay_module
 from sf_mllm.inference.replay import (
     PROMPT_STEP,
     SHORTEST_CACHE,
+    CompiledLayers,
     CudaGraphRecorder,
     Replay,
     ReplayedForward,
@@ -92,6 +93,25 @@ def test_compiled_conversations_are_those_without(model_and_processor, monkeypat
         "".join(session.ask("what " * length))
     replay.close()
     assert len(graphs) == 4  # encoder, projector, prompts of any length, further tokens
+
+
+def test_layers_get_their_forward_back_and_keep_one_of_somebody_else(model_and_processor, monkeypatch):
+    language_model = model_and_processor[0].model.language_model
+    first, second = language_model.layers
+    calls, graphs = [], []
+    own = first.forward
+    first.forward = other = lambda *args, **kwargs: calls.append("other") or own(*args, **kwargs)
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    try:
+        with torch.inference_mode():
+            expected = language_model(input_ids=torch.tensor([[5, 6, 7]])).last_hidden_state
+            output = CompiledLayers(language_model)(input_ids=torch.tensor([[5, 6, 7]])).last_hidden_state
+        assert torch.equal(output, expected) and calls == ["other", "other"] and len(graphs) == 1
+        assert first.forward is other and "forward" not in vars(second)
+    finally:
+        del first.forward
 
 
 def test_a_compiled_encoder_gets_the_fastest_kernels_for_as_long(model_and_processor, monkeypatch):
