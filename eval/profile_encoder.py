@@ -119,9 +119,6 @@ def work_of(
         image_size: height and width.
         bytes_per_value: of weights and activations.
     """
-    with torch.device("meta"):
-        model = SparseFormerModel(config).eval()
-        pixels = torch.empty(batch, 3, *image_size)
     work = {part: Work() for part in PARTS}
 
     def add(part: str, values: float, operations: float = 0.0) -> None:
@@ -154,12 +151,31 @@ def work_of(
             case MLP():
                 add(ACTIVATIONS, 2 * output.numel() / output.shape[-1] * module.fc1.out_features)
 
-    hooks = [module.register_forward_hook(watch) for module in model.modules()]
+    watch_modules(config, batch, image_size, watch)
+    return work
+
+
+def watch_modules(
+    config: SparseFormerConfig,
+    batch: int,
+    image_size: Sequence[int],
+    watch: Callable[[nn.Module, tuple[Any, ...], Any], None],
+) -> None:
+    """Show every module that a batch calls, with its inputs and output, of which only the sizes are there.
+
+    Args:
+        config: of the encoder.
+        batch: images.
+        image_size: height and width.
+        watch: a forward hook.
+    """
+    with torch.device("meta"):
+        model = SparseFormerModel(config).eval()
+        pixels = torch.empty(batch, 3, *image_size)
+    for module in model.modules():
+        module.register_forward_hook(watch)
     with torch.no_grad():
         model(pixels)
-    for hook in hooks:
-        hook.remove()
-    return work
 
 
 def measure(call: Callable[[], Tensor], calls: int, device: torch.device) -> tuple[float, dict[str, tuple[int, float]]]:

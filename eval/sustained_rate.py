@@ -24,11 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eval.profile_encoder import PRODUCTS, make_call, work_of
+from eval.profile_encoder import make_call, watch_modules
 from eval.rows import append_rows
 from sf_mllm.bench.precision import computing_in
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
-from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.errors import CommandLineParser, InputError, report_input_errors
 from sf_mllm.ops.kernels import KERNEL_NAMES
 
@@ -62,10 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError("Clock and power cannot be read without NVML; pip install nvidia-ml-py.") from error
     for size in options.size:
         config, compiled, pixels = make_call(size, options.batch, options.kernels, device)
-        image_size = pixels.shape[-2:]
-        products = make_products(linear_sizes(config, options.batch, image_size), device)
-        operations = work_of(config, options.batch, image_size)[PRODUCTS].operations
-        works = {ENCODER: (lambda c=compiled, p=pixels: c(p), None), LAYERS: (products, operations)}
+        sizes = linear_sizes(config, options.batch, pixels.shape[-2:])
+        products = sum(2 * rows * inputs * outputs for rows, inputs, outputs, _ in sizes)
+        works = {
+            ENCODER: (lambda c=compiled, p=pixels: c(p), None),
+            LAYERS: (make_products(sizes, device), products),
+        }
         shared = {"protocol": PROTOCOL, "size": size, "kernels": options.kernels, "precision": "bfloat16"}
         for name, (call, operations) in works.items():
             with computing_in("bfloat16", device):
@@ -86,20 +87,14 @@ def linear_sizes(config: SparseFormerConfig, batch: int, image_size: Sequence[in
         batch: images.
         image_size: height and width.
     """
-    with torch.device("meta"):
-        model = SparseFormerModel(config).eval()
-        pixels = torch.empty(batch, 3, *image_size)
     sizes: list[tuple[int, int, int, bool]] = []
 
-    def note(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        rows = inputs[0].numel() // layer.in_features
-        sizes.append((rows, layer.in_features, layer.out_features, layer.bias is not None))
-
-    for module in model.modules():
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if isinstance(module, nn.Linear):
-            module.register_forward_hook(note)
-    with torch.no_grad():
-        model(pixels)
+            rows = inputs[0].numel() // module.in_features
+            sizes.append((rows, module.in_features, module.out_features, module.bias is not None))
+
+    watch_modules(config, batch, image_size, note)
     return sizes
 
 

@@ -12,26 +12,29 @@ prompt is through.
 import contextlib
 import functools
 import inspect
-import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache, StaticLayer
 from transformers.masking_utils import create_masks_for_generate
 
 from sf_mllm.compiler import mend_compiler
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
-from sf_mllm.errors import InputError, first_line
+from sf_mllm.errors import InputError
+from sf_mllm.inference.compiled_layers import CompiledLayers
+from sf_mllm.inference.recordings import (
+    CudaGraphRecorder,
+    Recorder,
+    ReplayedForward,
+    flatten,
+    is_static,
+    kind_of_inputs,
+)
 from sf_mllm.ops.implementations import REFERENCE
 from sf_mllm.ops.kernels import AUTOMATIC, choose_kernels
-
-logger = logging.getLogger(__name__)
 
 PROMPT_STEP = 64
 """Prompts are padded to a multiple of this many tokens."""
@@ -40,11 +43,6 @@ SHORTEST_CACHE = 512
 _LANGUAGE_MODEL = "language_model"
 _EXCHANGED = ("forward", "create_masks_for_generate")  # of the whole model
 _PARTS = ("vision_tower", "multi_modal_projector", _LANGUAGE_MODEL)
-_MAX_RECORDINGS = 64  # of one module; the one that was not used for longest makes room
-
-Recorder = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
-"""Takes a function of no arguments; returns what it gives, and what computes that anew, into the same memory, from what
-its inputs' memory then holds. After recording the outputs need not be there until the first replay."""
 
 
 class Replay:
@@ -64,7 +62,7 @@ class Replay:
         self._model: Any = model
         parts: Any = getattr(model, "model", None)
         has_parts = all(hasattr(parts, name) for name in _PARTS)
-        if not has_parts or not _is_static(_make_cache(model, SHORTEST_CACHE)):
+        if not has_parts or not is_static(_make_cache(model, SHORTEST_CACHE)):
             raise InputError(
                 "This model's answers cannot be recorded as CUDA graphs: it is no LLaVA of transformers, or its "
                 "language model has sliding windows; take it as it is."
@@ -100,6 +98,7 @@ class Replay:
         self._cache: StaticCache | None = None
         self._cache_shape = (0, 0)
         self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        self._works_aside = False
 
     def prepare(self, inputs: dict[str, Tensor], max_new_tokens: int) -> dict[str, Any]:
         """Pad prompts on the left, give them an empty cache, and have the device begin with their forward pass.
@@ -154,13 +153,15 @@ class Replay:
             yield
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        self._works_aside = True
         with torch.cuda.stream(self._stream):
             yield
 
     def _join(self) -> None:
         """Let what the host asks for from now on wait, on the device, for what was begun aside."""
-        if self._stream is not None:
+        if self._stream is not None and self._works_aside:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+            self._works_aside = False
 
     def _begin(self, given: dict[str, Any]) -> "_Begun":
         """Start the forward pass that `generate` will ask for first; the host waits for the device only at once."""
@@ -257,154 +258,6 @@ class _Begun:
     """Of the prompts, [B, T]."""
 
 
-class CompiledLayers:
-    """The forward of a language model whose layers are compiled: one graph for all of them, not one with all of them.
-
-    transformers tells layers apart by their place in the cache, for which the compiler would make a graph each; so each
-    layer is given its own part of a static cache, whatever place it asks for.
-
-    Args:
-        module: with its layers in `layers`.
-    """
-
-    def __init__(self, module: Any) -> None:
-        self._forward, self._layers = module.forward, module.layers
-        self._run = torch.compile(_run_layer, dynamic=True)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the module's own forward returns."""
-        # A layer that somebody has given another forward, as accelerate does for several devices, keeps that.
-        places = [place for place, layer in enumerate(self._layers) if "forward" not in vars(layer)]
-        for place in places:
-            self._layers[place].forward = functools.partial(self._call, place)
-        try:
-            return self._forward(*args, **kwargs)
-        finally:
-            for place in places:
-                del self._layers[place].forward
-
-    def _call(self, place: int, *args: Any, **kwargs: Any) -> Any:
-        parts = {name: _PartOfCache(value.layers[place]) for name, value in kwargs.items() if isinstance(value, Cache)}
-        return self._run(self._layers[place], *args, **{**kwargs, **parts})
-
-
-class _PartOfCache:
-    """What one layer sees of a cache."""
-
-    def __init__(self, part: Any) -> None:
-        self.part = part
-
-    def update(self, keys: Tensor, values: Tensor, place: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.part.update(keys, values, *args, **kwargs)
-
-
-def _run_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return type(layer).forward(layer, *args, **kwargs)
-
-
-def _compile(module: nn.Module, name: str) -> Callable[..., Any]:
-    """Return a part's forward, compiled; images have one size, prompts have many lengths."""
-    if name == _LANGUAGE_MODEL and hasattr(module, "layers"):
-        return CompiledLayers(module)
-    return torch.compile(module.forward, dynamic=name == _LANGUAGE_MODEL)
-
-
-class ReplayedForward:
-    """A module's forward, recorded for each kind of input: first run as it is, then recorded.
-
-    What is to be recorded in its place has a run between them, in which it is compiled. It could not have the first
-    one: there a cache takes its memory, and a graph of that would be good for nothing else.
-
-    Inputs of one kind have the same structure, shapes, types and values that are no tensors. What trains, what is being
-    compiled or recorded already, and what has a cache that grows is run as it is.
-
-    Args:
-        module: its `forward` is exchanged until `close`.
-        record: how to record.
-        forward: what is recorded in its place, the same but faster; None: itself.
-    """
-
-    def __init__(self, module: nn.Module, record: Recorder, forward: Callable[..., Any] | None = None) -> None:
-        self._module, self._forward, self._record = module, forward or module.forward, record
-        self._first_runs = [module.forward] if forward is None else [module.forward, forward]
-        self._recordings: OrderedDict[Any, _Recording | int] = OrderedDict()  # or the number of runs so far
-        self._cannot_be_recorded = False
-        module.forward = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the module's own forward returns, tensors as copies that stay."""
-        leaves, structure = _flatten((args, kwargs))
-        if self._cannot_be_recorded or torch.is_grad_enabled() or torch.compiler.is_compiling() or not leaves:
-            return self._forward(*args, **kwargs)
-        kind = _kind(leaves, structure)
-        if kind is None or _is_recording():
-            return self._forward(*args, **kwargs)
-        recording = self._recordings.setdefault(kind, 0)
-        self._recordings.move_to_end(kind)
-        if len(self._recordings) > _MAX_RECORDINGS:
-            self._recordings.popitem(last=False)
-        if isinstance(recording, int):
-            if recording < len(self._first_runs):
-                self._recordings[kind] = recording + 1
-                return self._first_runs[recording](*args, **kwargs)
-            try:
-                recording = _Recording(self._forward, leaves, structure, self._record)
-            except RuntimeError as error:  # a model that waits for the device in between, for example
-                logger.warning(
-                    "%s cannot be recorded as a CUDA graph and is run as it is: %s.",
-                    type(self._module).__name__,
-                    first_line(error),
-                )
-                self._cannot_be_recorded = True
-                return self._forward(*args, **kwargs)
-            self._recordings[kind] = recording
-        return recording.replay(leaves)
-
-    def forget(self) -> None:
-        """Drop all recordings, and the caches that they hold."""
-        self._recordings.clear()
-
-    def close(self) -> None:
-        """Give the module its own forward back."""
-        self.forget()
-        del self._module.forward
-
-
-class _Recording:
-    """One recorded call with the memory of its inputs and outputs."""
-
-    def __init__(self, forward: Callable[..., Any], leaves: list[Any], structure: Any, record: Recorder) -> None:
-        self._inputs = [_clone(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        args, kwargs = tree_unflatten(self._inputs, structure)
-        outputs, self._play = record(lambda: forward(*args, **kwargs))
-        self._outputs, self._structure = _flatten(outputs)
-
-    def replay(self, leaves: list[Any]) -> Any:
-        for own, given in zip(self._inputs, leaves, strict=True):
-            if isinstance(own, Tensor):
-                own.copy_(given)
-        self._play()
-        # Copies: all recordings use the same memory for what they compute.
-        outputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._outputs]
-        return tree_unflatten(outputs, self._structure)
-
-
-class CudaGraphRecorder:
-    """Records CUDA graphs that share their memory; they must not be replayed at the same time."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        """Record a function of no arguments, see `Recorder`."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = function()
-        return outputs, graph.replay
-
-
 def generation_config(max_new_tokens: int, temperature: float = 0.0, **settings: Any) -> GenerationConfig:
     """Return settings of `generate`; what they leave open is the model's own.
 
@@ -424,41 +277,17 @@ def generation_config(max_new_tokens: int, temperature: float = 0.0, **settings:
     return GenerationConfig(max_new_tokens=max_new_tokens, disable_compile=True, **sampling, **settings)
 
 
-def _clone(tensor: Tensor) -> Tensor:
-    """Return a copy that is a tensor of inference mode where the given one is: the compiler tells them apart."""
-    with torch.inference_mode(tensor.is_inference()):
-        copy = torch.empty_like(tensor)
-    return copy.copy_(tensor)
-
-
-def _flatten(values: Any) -> tuple[list[Any], Any]:
-    return tree_flatten(values, is_leaf=lambda value: isinstance(value, Cache))
-
-
-def _kind(leaves: list[Any], structure: Any) -> Any:
-    """Return what inputs must have in common with those of a recording, or None if they cannot be recorded."""
-    kind: list[Any] = [structure]
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            kind.append((leaf.shape, leaf.dtype, leaf.device, leaf.stride()))
-        elif isinstance(leaf, Cache):
-            if not _is_static(leaf):
-                return None
-            kind.append(leaf)  # by identity: a recording holds the address
-        else:
-            kind.append((type(leaf), leaf))
-    key = tuple(kind)
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
+def _compile(module: nn.Module, name: str) -> Callable[..., Any]:
+    """Return a part's forward, compiled; images have one size, prompts have many lengths."""
+    if name == _LANGUAGE_MODEL and hasattr(module, "layers"):
+        return CompiledLayers(module)
+    return torch.compile(module.forward, dynamic=name == _LANGUAGE_MODEL)
 
 
 def _kind_of(arguments: dict[str, Any]) -> Any:
     """Return what arguments of the whole model have in common with others that ask for the same, but for images."""
     names = sorted(arguments.keys() - {"return_dict", "pixel_values", "mm_encoder_outputs"})
-    return _kind(*_flatten({name: arguments[name] for name in names}))
+    return kind_of_inputs(*flatten({name: arguments[name] for name in names}))
 
 
 def _no_length(layer_idx: int = 0) -> int:
@@ -478,15 +307,6 @@ def _causal_mask(mask: Tensor, capacity: int) -> Tensor:
     """
     earlier = torch.ones(mask.shape[1], capacity, dtype=torch.bool, device=mask.device).tril()
     return earlier & nn.functional.pad(mask.bool(), (0, capacity - mask.shape[1]))[:, None, None, :]
-
-
-def _is_static(cache: Cache) -> bool:
-    """Whether all that changes in a cache is in tensors at fixed places."""
-    return isinstance(cache, StaticCache) and all(type(layer) is StaticLayer for layer in cache.layers)
-
-
-def _is_recording() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _make_cache(model: PreTrainedModel, length: int) -> StaticCache:

@@ -1,6 +1,6 @@
 import csv
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partialmethod
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from eval.compare_encoders import SIZES, main
 from eval.compare_model import join_llava
 from eval.compare_parts import Parts, Settings, Tower
 from eval.compare_run import Run, answer, build_model, encode_prompts, make_trainer, plan_runs
-from eval.compare_table import markdown_table
+from eval.compare_table import _SHARED, markdown_table
 from eval.peers.all_tokens import AllTokens
 from eval.peers.average_pooling import AveragePooling
 from eval.peers.pixel_shuffle import PixelShuffle
@@ -455,6 +455,10 @@ def test_the_rehearsal_runs_resumes_and_ends_in_rows(tmp_path, capsys):
         for row in found.values():
             assert row["protocol"] == protocol and row["outcome"] == "complete"
             assert all(row[column] for column in ("device", "torch", "date", "command", "max_length", *measured))
+
+
+def test_a_table_checks_all_settings_that_runs_share():
+    assert {*_SHARED, "encoders"} == {field.name for field in fields(Settings)}
 
 
 def test_variants_in_processes_of_their_own(tmp_path, capsys):

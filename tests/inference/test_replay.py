@@ -13,16 +13,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, GenerationMixin, MistralConfig
 
 from sf_mllm.errors import InputError
+from sf_mllm.inference import recordings
 from sf_mllm.inference import replay as replay_module
-from sf_mllm.inference.replay import (
-    PROMPT_STEP,
-    SHORTEST_CACHE,
-    CompiledLayers,
-    CudaGraphRecorder,
-    Replay,
-    ReplayedForward,
-    generation_config,
-)
+from sf_mllm.inference.compiled_layers import CompiledLayers
+from sf_mllm.inference.recordings import CudaGraphRecorder, ReplayedForward
+from sf_mllm.inference.replay import PROMPT_STEP, SHORTEST_CACHE, Replay, generation_config
 from sf_mllm.inference.session import ChatSession
 from tests.tape import TapeRecorder
 from tests.tiny_vlm import make_image, make_sf_llava
@@ -248,14 +243,7 @@ def test_what_is_begun_has_a_stream_of_its_own_and_is_waited_for(model_and_proce
         for _ in range(2):
             with torch.inference_mode():
                 model.generate(**replay.prepare(inputs, 2), generation_config=generation_config(2))
-            answered = [
-                "generate asks",
-                "host waits for aside",
-                "generate asks",
-                "host waits for aside",
-                "language model",
-            ]
-            assert log == ["host waits for aside", *begun, *answered]
+            assert log == [*begun, "generate asks", "host waits for aside", "generate asks", "language model"]
             log.clear()
         with torch.inference_mode():
             replay.prepare(inputs, 2)
@@ -332,7 +320,7 @@ def test_a_prompt_that_needs_no_padding(model_and_processor, replay):
 
 def test_the_recording_that_was_not_used_for_longest_makes_room(shift, monkeypatch):
     module, _, recorder = shift
-    monkeypatch.setattr(replay_module, "_MAX_RECORDINGS", 2)
+    monkeypatch.setattr(recordings, "_MAX_RECORDINGS", 2)
     with torch.inference_mode():
         for length in (1, 1, 2, 2, 1, 3, 3, 1, 2):  # 3 takes the place of 2
             module(torch.ones(length, 3))

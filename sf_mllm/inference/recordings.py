@@ -1,0 +1,159 @@
+"""One recording of a module's forward for each kind of input, replayed in its place."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import StaticCache
+from transformers.cache_utils import Cache, StaticLayer
+
+from sf_mllm.errors import first_line
+
+logger = logging.getLogger(__name__)
+
+_MAX_RECORDINGS = 64  # of one module; the one that was not used for longest makes room
+
+Recorder = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
+"""Takes a function of no arguments; returns what it gives, and what computes that anew, into the same memory, from what
+its inputs' memory then holds. After recording the outputs need not be there until the first replay."""
+
+
+class ReplayedForward:
+    """A module's forward, recorded for each kind of input: first run as it is, then recorded.
+
+    What is to be recorded in its place has a run between them, in which it is compiled. It could not have the first
+    one: there a cache takes its memory, and a graph of that would be good for nothing else.
+
+    Inputs of one kind have the same structure, shapes, types and values that are no tensors. What trains, what is being
+    compiled or recorded already, and what has a cache that grows is run as it is.
+
+    Args:
+        module: its `forward` is exchanged until `close`.
+        record: how to record.
+        forward: what is recorded in its place, the same but faster; None: itself.
+    """
+
+    def __init__(self, module: nn.Module, record: Recorder, forward: Callable[..., Any] | None = None) -> None:
+        self._module, self._forward, self._record = module, forward or module.forward, record
+        self._first_runs = [module.forward] if forward is None else [module.forward, forward]
+        self._recordings: OrderedDict[Any, _Recording | int] = OrderedDict()  # or the number of runs so far
+        self._cannot_be_recorded = False
+        module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module's own forward returns, tensors as copies that stay."""
+        leaves, structure = flatten((args, kwargs))
+        if self._cannot_be_recorded or torch.is_grad_enabled() or torch.compiler.is_compiling() or not leaves:
+            return self._forward(*args, **kwargs)
+        kind = kind_of_inputs(leaves, structure)
+        if kind is None or _is_recording():
+            return self._forward(*args, **kwargs)
+        recording = self._recordings.setdefault(kind, 0)
+        self._recordings.move_to_end(kind)
+        if len(self._recordings) > _MAX_RECORDINGS:
+            self._recordings.popitem(last=False)
+        if isinstance(recording, int):
+            if recording < len(self._first_runs):
+                self._recordings[kind] = recording + 1
+                return self._first_runs[recording](*args, **kwargs)
+            try:
+                recording = _Recording(self._forward, leaves, structure, self._record)
+            except RuntimeError as error:  # a model that waits for the device in between, for example
+                logger.warning(
+                    "%s cannot be recorded as a CUDA graph and is run as it is: %s.",
+                    type(self._module).__name__,
+                    first_line(error),
+                )
+                self._cannot_be_recorded = True
+                return self._forward(*args, **kwargs)
+            self._recordings[kind] = recording
+        return recording.replay(leaves)
+
+    def forget(self) -> None:
+        """Drop all recordings, and the caches that they hold."""
+        self._recordings.clear()
+
+    def close(self) -> None:
+        """Give the module its own forward back."""
+        self.forget()
+        del self._module.forward
+
+
+class _Recording:
+    """One recorded call with the memory of its inputs and outputs."""
+
+    def __init__(self, forward: Callable[..., Any], leaves: list[Any], structure: Any, record: Recorder) -> None:
+        self._inputs = [_clone(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(self._inputs, structure)
+        outputs, self._play = record(lambda: forward(*args, **kwargs))
+        self._outputs, self._structure = flatten(outputs)
+
+    def replay(self, leaves: list[Any]) -> Any:
+        for own, given in zip(self._inputs, leaves, strict=True):
+            if isinstance(own, Tensor):
+                own.copy_(given)
+        self._play()
+        # Copies: all recordings use the same memory for what they compute.
+        outputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._outputs]
+        return tree_unflatten(outputs, self._structure)
+
+
+class CudaGraphRecorder:
+    """Records CUDA graphs that share their memory; they must not be replayed at the same time."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """Record a function of no arguments, see `Recorder`."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            outputs = function()
+        return outputs, graph.replay
+
+
+def flatten(values: Any) -> tuple[list[Any], Any]:
+    """Return the leaves of nested values, and their structure; a cache is a leaf."""
+    return tree_flatten(values, is_leaf=lambda value: isinstance(value, Cache))
+
+
+def kind_of_inputs(leaves: list[Any], structure: Any) -> Any:
+    """Return what inputs must have in common with those of a recording, or None if they cannot be recorded."""
+    kind: list[Any] = [structure]
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            kind.append((leaf.shape, leaf.dtype, leaf.device, leaf.stride()))
+        elif isinstance(leaf, Cache):
+            if not is_static(leaf):
+                return None
+            kind.append(leaf)  # by identity: a recording holds the address
+        else:
+            kind.append((type(leaf), leaf))
+    key = tuple(kind)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def is_static(cache: Cache) -> bool:
+    """Whether all that changes in a cache is in tensors at fixed places."""
+    return isinstance(cache, StaticCache) and all(type(layer) is StaticLayer for layer in cache.layers)
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    """Return a copy that is a tensor of inference mode where the given one is: the compiler tells them apart."""
+    with torch.inference_mode(tensor.is_inference()):
+        copy = torch.empty_like(tensor)
+    return copy.copy_(tensor)
+
+
+def _is_recording() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
