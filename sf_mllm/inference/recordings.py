@@ -1,4 +1,4 @@
-"""One recording of a module's forward for each kind of input, replayed in its place."""
+"""One recording of a function for each kind of input, replayed in its place."""
 
 import logging
 from collections import OrderedDict
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import StaticCache
 from transformers.cache_utils import Cache, StaticLayer
@@ -15,61 +15,60 @@ from sf_mllm.errors import first_line
 
 logger = logging.getLogger(__name__)
 
-_MAX_RECORDINGS = 64  # of one module; the one that was not used for longest makes room
+_MAX_RECORDINGS = 64  # of one function; the one that was not used for longest makes room
 
 Recorder = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 """Takes a function of no arguments; returns what it gives, and what computes that anew, into the same memory, from what
 its inputs' memory then holds. After recording the outputs need not be there until the first replay."""
 
 
-class ReplayedForward:
-    """A module's forward, recorded for each kind of input: first run as it is, then recorded.
-
-    What is to be recorded in its place has a run between them, in which it is compiled. It could not have the first
-    one: there a cache takes its memory, and a graph of that would be good for nothing else.
+class Replayed:
+    """A function, recorded for each kind of input: first run, in which the compiler may work, then recorded.
 
     Inputs of one kind have the same structure, shapes, types and values that are no tensors. What trains, what is being
-    compiled or recorded already, and what has a cache that grows is run as it is.
+    compiled or recorded already, and what has a cache that grows is run, not recorded.
 
     Args:
-        module: its `forward` is exchanged until `close`.
+        function: of tensors, caches and settings. It also runs for inputs with a cache that has no memory yet: a cache
+            that takes its memory while the compiler looks on gets a graph that is good for nothing else.
         record: how to record.
-        forward: what is recorded in its place, the same but faster; None: itself.
+        name: for messages.
+        faster: what is recorded, and run otherwise, in its place.
     """
 
-    def __init__(self, module: nn.Module, record: Recorder, forward: Callable[..., Any] | None = None) -> None:
-        self._module, self._forward, self._record = module, forward or module.forward, record
-        self._first_runs = [module.forward] if forward is None else [module.forward, forward]
-        self._recordings: OrderedDict[Any, _Recording | int] = OrderedDict()  # or the number of runs so far
+    def __init__(
+        self, function: Callable[..., Any], record: Recorder, name: str, faster: Callable[..., Any] | None = None
+    ) -> None:
+        self._function, self._faster, self._record, self._name = function, faster or function, record, name
+        self._recordings: OrderedDict[Any, _Recording | None] = OrderedDict()  # None after the first run
         self._cannot_be_recorded = False
-        module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the module's own forward returns, tensors as copies that stay."""
+        """Return what the function returns, tensors as copies that stay."""
         leaves, structure = flatten((args, kwargs))
+        if any(isinstance(leaf, Cache) and not has_memory(leaf) for leaf in leaves):
+            return self._function(*args, **kwargs)
         if self._cannot_be_recorded or torch.is_grad_enabled() or torch.compiler.is_compiling() or not leaves:
-            return self._forward(*args, **kwargs)
+            return self._faster(*args, **kwargs)
         kind = kind_of_inputs(leaves, structure)
         if kind is None or _is_recording():
-            return self._forward(*args, **kwargs)
-        recording = self._recordings.setdefault(kind, 0)
+            return self._faster(*args, **kwargs)
+        is_first = kind not in self._recordings
+        recording = self._recordings.setdefault(kind, None)
         self._recordings.move_to_end(kind)
         if len(self._recordings) > _MAX_RECORDINGS:
             self._recordings.popitem(last=False)
-        if isinstance(recording, int):
-            if recording < len(self._first_runs):
-                self._recordings[kind] = recording + 1
-                return self._first_runs[recording](*args, **kwargs)
+        if is_first:
+            return self._faster(*args, **kwargs)
+        if recording is None:
             try:
-                recording = _Recording(self._forward, leaves, structure, self._record)
+                recording = _Recording(self._faster, leaves, structure, self._record)
             except RuntimeError as error:  # a model that waits for the device in between, for example
                 logger.warning(
-                    "%s cannot be recorded as a CUDA graph and is run as it is: %s.",
-                    type(self._module).__name__,
-                    first_line(error),
+                    "%s cannot be recorded as a CUDA graph and is run as it is: %s.", self._name, first_line(error)
                 )
                 self._cannot_be_recorded = True
-                return self._forward(*args, **kwargs)
+                return self._faster(*args, **kwargs)
             self._recordings[kind] = recording
         return recording.replay(leaves)
 
@@ -77,25 +76,20 @@ class ReplayedForward:
         """Drop all recordings, and the caches that they hold."""
         self._recordings.clear()
 
-    def close(self) -> None:
-        """Give the module its own forward back."""
-        self.forget()
-        del self._module.forward
-
 
 class _Recording:
     """One recorded call with the memory of its inputs and outputs."""
 
     def __init__(self, forward: Callable[..., Any], leaves: list[Any], structure: Any, record: Recorder) -> None:
-        self._inputs = [_clone(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        args, kwargs = tree_unflatten(self._inputs, structure)
+        inputs = [_clone(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._inputs = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
+        args, kwargs = tree_unflatten(inputs, structure)
         outputs, self._play = record(lambda: forward(*args, **kwargs))
         self._outputs, self._structure = flatten(outputs)
 
     def replay(self, leaves: list[Any]) -> Any:
-        for own, given in zip(self._inputs, leaves, strict=True):
-            if isinstance(own, Tensor):
-                own.copy_(given)
+        if self._inputs:
+            torch._foreach_copy_(self._inputs, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
         self._play()
         # Copies: all recordings use the same memory for what they compute.
         outputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._outputs]
@@ -146,6 +140,12 @@ def kind_of_inputs(leaves: list[Any], structure: Any) -> Any:
 def is_static(cache: Cache) -> bool:
     """Whether all that changes in a cache is in tensors at fixed places."""
     return isinstance(cache, StaticCache) and all(type(layer) is StaticLayer for layer in cache.layers)
+
+
+def has_memory(cache: Cache) -> bool:
+    """Whether a cache has taken its memory, which it does when it is first written to."""
+    layers: list[Any] = cache.layers
+    return all(layer.is_initialized for layer in layers)
 
 
 def _clone(tensor: Tensor) -> Tensor:

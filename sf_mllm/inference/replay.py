@@ -3,13 +3,14 @@
 For each token Python starts some twenty kernels a layer, one by one, which can take longer than the kernels do when a
 batch is small. A CUDA graph starts all of them at once, but only for inputs of the shapes, and a cache at the address,
 that it was recorded with. So prompts are padded to a few lengths, and all answers share one static cache.
-`generate` of transformers stays in charge: it calls the same modules, whose forward is exchanged. It keeps the host
+`generate` of transformers stays in charge: it calls the same model, whose forward is exchanged. It keeps the host
 busy for a while before it asks for the first token; so the device begins with the prompt before it is called, in a
 stream of its own: `generate` moves settings to the device and reads values back, and would wait each time until the
-prompt is through.
+prompt is through. Images come first, and the host prepares the prompt while the device looks at them.
 """
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -18,8 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
+from transformers import GenerationConfig, GenerationMixin, LlavaForConditionalGeneration, PreTrainedModel, StaticCache
 from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sf_mllm.compiler import mend_compiler
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
@@ -28,8 +30,9 @@ from sf_mllm.inference.compiled_layers import CompiledLayers
 from sf_mllm.inference.recordings import (
     CudaGraphRecorder,
     Recorder,
-    ReplayedForward,
+    Replayed,
     flatten,
+    has_memory,
     is_static,
     kind_of_inputs,
 )
@@ -40,56 +43,56 @@ PROMPT_STEP = 64
 """Prompts are padded to a multiple of this many tokens."""
 SHORTEST_CACHE = 512
 """Tokens of the smallest cache; larger ones double."""
-_LANGUAGE_MODEL = "language_model"
-_EXCHANGED = ("forward", "create_masks_for_generate")  # of the whole model
-_PARTS = ("vision_tower", "multi_modal_projector", _LANGUAGE_MODEL)
+_OF_IMAGES = ("pixel_values", "image_sizes")
 
 
 class Replay:
-    """Exchanges the forward of a model's parts for recordings; `prepare` makes what `generate` then takes.
+    """Exchanges the forward of a model and of its vision parts for recordings; `prepare` makes what `generate` takes.
 
     Args:
-        model: of transformers' LLaVA family.
+        model: a LLaVA of transformers, or one of ours.
         record: how to record.
-        compiled: compile what is recorded, which takes minutes for a large language model. An encoder of ours gets the
-            kernels that are the fastest for its device, see `choose_kernels`.
+        compiled: compile what is recorded, in the first two answers. An encoder of ours gets the kernels that are the
+            fastest for its device, see `choose_kernels`.
 
     Raises:
-        InputError: the model has other parts, or a cache that cannot be static throughout.
+        InputError: the model is another one, or has a cache that cannot be static throughout.
     """
 
     def __init__(self, model: PreTrainedModel, record: Recorder | None = None, *, compiled: bool = False) -> None:
         self._model: Any = model
-        parts: Any = getattr(model, "model", None)
-        has_parts = all(hasattr(parts, name) for name in _PARTS)
-        if not has_parts or not is_static(_make_cache(model, SHORTEST_CACHE)):
+        is_llava = isinstance(model, LlavaForConditionalGeneration)
+        if not is_llava or not is_static(_make_cache(model, SHORTEST_CACHE)):
             raise InputError(
                 "This model's answers cannot be recorded as CUDA graphs: it is no LLaVA of transformers, or its "
                 "language model has sliding windows; take it as it is."
             )
         record = record or CudaGraphRecorder()
-        self._tower = parts.vision_tower if isinstance(parts.vision_tower, SparseFormerModel) else None
+        parts: Any = model.model
+        tower, projector, self._language_model = parts.vision_tower, parts.multi_modal_projector, parts.language_model
+        self._tower = tower if isinstance(tower, SparseFormerModel) else None
         self._kernels = REFERENCE if self._tower is None else self._tower.kernels
         if compiled:
             mend_compiler()
             if self._tower is not None:
                 self._tower.set_kernels(choose_kernels(AUTOMATIC, self._tower.device))
-        self._forwards = []
-        for name in _PARTS:
-            module = getattr(parts, name)
-            self._forwards.append(ReplayedForward(module, record, _compile(module, name) if compiled else None))
-        self._parts = parts
+        self._model_had: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
         self._get_image_features, self._get_placeholder_mask = parts.get_image_features, parts.get_placeholder_mask
-        parts.get_image_features, parts.get_placeholder_mask = self._look_once, self._find_placeholders
         self._model_forward = model.forward
         self._make_masks: Any = getattr(model, "create_masks_for_generate", create_masks_for_generate)
-        self._model_had = {name: vars(model)[name] for name in _EXCHANGED if name in vars(model)}  # hooks, for example
+        self._compiled_language_model = _compile_language_model(self._language_model) if compiled else None
+        for part in (tower, projector):
+            faster = torch.compile(part.forward, dynamic=False) if compiled else None  # images have one size
+            self._exchange(part, forward=Replayed(part.forward, record, type(part).__name__, faster))
+        faster = self._read_compiled if compiled else None
+        self._read_recorded = Replayed(self._read, record, type(model).__name__, faster)
+        self._exchange(parts, get_image_features=self._look_once, get_placeholder_mask=self._find_placeholders)
 
         @functools.wraps(model.forward)  # `generate` reads the signature
         def answer(*args: Any, **kwargs: Any) -> Any:
             return self._take_begun(*args, **kwargs)
 
-        vars(model).update(zip(_EXCHANGED, (answer, self._find_mask), strict=True))
+        self._exchange(model, forward=answer, create_masks_for_generate=self._find_mask)
         self._seen: tuple[Tensor, Any] | None = None  # pixels and what the model makes of them
         self._begun: _Begun | None = None
         self._num_placeholders: int | None = None
@@ -97,6 +100,7 @@ class Replay:
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # the latter before transformers 5.24
         self._cache: StaticCache | None = None
         self._cache_shape = (0, 0)
+        self._fronts: dict[int, StaticCache] = {}  # of the cache, by their length
         self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         self._works_aside = False
 
@@ -116,6 +120,11 @@ class Replay:
         Raises:
             ValueError: the model's own, if images and prompts do not go together.
         """
+        self._forget_begun()
+        if (pixel_values := inputs.get("pixel_values")) is not None:
+            images = {name: inputs[name] for name in _OF_IMAGES if inputs.get(name) is not None}
+            with torch.inference_mode(), self._aside():
+                self._seen = (pixel_values, self._get_image_features(**images, return_dict=True))
         batch, length = inputs["input_ids"].shape
         padding = -length % PROMPT_STEP
         config = self._model.generation_config
@@ -128,23 +137,28 @@ class Replay:
             "position_ids": (mask.long().cumsum(dim=-1) - 1).clamp(min=0),
             self._cache_name: self._empty_cache(batch, length + padding + max_new_tokens),
         }
-        self._forget_begun()
+        num_placeholders = int((inputs["input_ids"] == self._model.config.image_token_id).sum())
         with torch.inference_mode(), self._aside():
-            self._begun = self._begin(given)
+            self._begun = self._begin(given, num_placeholders)
         return given
 
     def close(self) -> None:
-        """Give the model its own forwards back and forget all recordings."""
-        for forward in self._forwards:
-            forward.close()
+        """Give the model back what it had and forget all recordings."""
+        for module, new, had in reversed(self._model_had):
+            for name in new:
+                del vars(module)[name]
+            vars(module).update(had)
         if self._tower is not None:
             self._tower.set_kernels(self._kernels)
-        del self._parts.get_image_features, self._parts.get_placeholder_mask
-        for name in _EXCHANGED:
-            del vars(self._model)[name]
-        vars(self._model).update(self._model_had)
         self._forget_begun()
+        self._read_recorded.forget()
         self._cache, self._cache_shape = None, (0, 0)
+        self._fronts.clear()
+
+    def _exchange(self, module: nn.Module, **new: Any) -> None:
+        """Give a module other methods until `close`."""
+        self._model_had.append((module, new, {name: vars(module)[name] for name in new if name in vars(module)}))
+        vars(module).update(new)
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
@@ -163,39 +177,66 @@ class Replay:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
             self._works_aside = False
 
-    def _begin(self, given: dict[str, Any]) -> "_Begun":
-        """Start the forward pass that `generate` will ask for first; the host waits for the device only at once."""
-        cache = given[self._cache_name]
-        num_placeholders = int((given["input_ids"] == self._model.config.image_token_id).sum())
-        if (pixel_values := given.get("pixel_values")) is not None:
-            self._seen = (pixel_values, self._get_image_features(pixel_values=pixel_values, return_dict=True))
-        mask = given["attention_mask"]
-        if self._model.config.get_text_config(decoder=True)._attn_implementation == "sdpa":
-            # The same as transformers makes, which for that asks the device what the host knows.
-            mask = _causal_mask(mask, self._cache_shape[1])
+    def _begin(self, given: dict[str, Any], num_placeholders: int) -> "_Begun":
+        """Start the forward pass that `generate` will ask for first."""
+        cache: Any = given[self._cache_name]
+        features = None if self._seen is None else self._seen[1].pooler_output
+        front, mask = cache, given["attention_mask"]
+        if makes_mask := self._model.config.get_text_config(decoder=True)._attn_implementation == "sdpa":
+            # transformers would have prompts look at all of the cache, and ask the device what the host knows.
+            front = self._front(cache, mask.shape[1])
+            mask = _causal_mask(mask, front.layers[0].max_cache_len)
         arguments = self._model.prepare_inputs_for_generation(
             **{**given, "attention_mask": mask}, is_first_iteration=True, use_cache=True, logits_to_keep=1
         )
+        fits = features is None or num_placeholders == sum(map(len, features))  # else the model says so
+        read = self._read_recorded if fits else self._read
         self._num_placeholders = num_placeholders
         try:
-            output = self._model_forward(**arguments, return_dict=True)
+            output = read(features, **{**arguments, self._cache_name: front}, return_dict=True)
         finally:
             self._num_placeholders = None
+        output[self._cache_name] = cache
+        if makes_mask:  # `generate` knows of no front
+            arguments["attention_mask"] = nn.functional.pad(mask, (0, cache.layers[0].max_cache_len - mask.shape[-1]))
         lengths = [layer.cumulative_length for layer in cache.layers]
         # `generate` shall find an empty cache, and not wait for the device to hear that it is.
         torch._foreach_zero_(lengths)
         vars(cache)["get_seq_length"] = _no_length
         return _Begun(_kind_of(arguments), arguments.get("attention_mask"), output, lengths, given["input_ids"].shape)
 
+    def _read(self, features: Any, **arguments: Any) -> Any:
+        """Run the model's own forward, given what it has made of the images."""
+        seen = self._seen
+        if features is not None:
+            self._seen = (arguments["pixel_values"], BaseModelOutputWithPooling(pooler_output=features))
+        try:
+            return self._model_forward(**arguments)
+        finally:
+            self._seen = seen
+
+    def _read_compiled(self, features: Any, **arguments: Any) -> Any:
+        """Do what `_read` does with a compiled language model."""
+        own = vars(self._language_model).get("forward")
+        self._language_model.forward = self._compiled_language_model
+        try:
+            return self._read(features, **arguments)
+        finally:
+            del self._language_model.forward
+            if own is not None:
+                self._language_model.forward = own
+
     def _take_begun(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward: returns what `prepare` has begun if that is what is asked for."""
         begun = self._begun
         is_begun = begun is not None and not args and begun.kind == _kind_of(kwargs) and self._has_seen(kwargs)
         self._forget_begun()
-        if begun is None or not is_begun:
+        if begun is not None and is_begun:
+            torch._foreach_add_(begun.lengths, begun.shape[1])
+            return begun.output
+        if args or any(kwargs.get(name) is not None for name in (*_OF_IMAGES, "mm_encoder_outputs")):
             return self._model_forward(*args, **kwargs)
-        torch._foreach_add_(begun.lengths, begun.shape[1])
-        return begun.output
+        return self._read_recorded(None, **kwargs)
 
     def _forget_begun(self) -> None:
         self._join()  # before the memory that the work aside reads and writes can be used for something else
@@ -224,7 +265,7 @@ class Replay:
     def _find_placeholders(self, input_ids: Any, inputs_embeds: Any, image_features: Any) -> Tensor:
         """Return the model's mask of positions that take visual tokens.
 
-        It counts them, for which the host waits until the device has seen the images; `_begin` has counted before.
+        It counts them, for which the host waits until the device has seen the images; `prepare` has counted before.
         """
         if input_ids is not None and self._num_placeholders == len(image_features):
             return (input_ids == self._model.config.image_token_id)[..., None]
@@ -235,13 +276,26 @@ class Replay:
         while capacity < length:
             capacity *= 2
         if self._cache is None or self._cache_shape[0] != batch or self._cache_shape[1] < capacity:
-            for forward in self._forwards:  # recordings hold the old one
-                forward.forget()
+            self._read_recorded.forget()  # recordings hold the old one
+            self._fronts.clear()
             self._cache, self._cache_shape = _make_cache(self._model, capacity), (batch, capacity)
         else:  # What it holds stays there: it is masked. Overwriting gigabytes would take longer than the prompt.
             layers: list[Any] = self._cache.layers
             torch._foreach_zero_([layer.cumulative_length for layer in layers])
         return self._cache
+
+    def _front(self, cache: StaticCache, length: int) -> Any:
+        """Return the first places of the cache as a cache in the same memory, so that prompts attend to no others."""
+        if not has_memory(cache):
+            return cache
+        if length not in self._fronts:
+            front = self._fronts[length] = copy.copy(cache)
+            front.layers = [copy.copy(layer) for layer in cache.layers]
+            layers: list[Any] = front.layers
+            for layer in layers:
+                layer.max_cache_len = length
+                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        return self._fronts[length]
 
 
 @dataclass(frozen=True)
@@ -277,11 +331,10 @@ def generation_config(max_new_tokens: int, temperature: float = 0.0, **settings:
     return GenerationConfig(max_new_tokens=max_new_tokens, disable_compile=True, **sampling, **settings)
 
 
-def _compile(module: nn.Module, name: str) -> Callable[..., Any]:
-    """Return a part's forward, compiled; images have one size, prompts have many lengths."""
-    if name == _LANGUAGE_MODEL and hasattr(module, "layers"):
+def _compile_language_model(module: nn.Module) -> Callable[..., Any]:
+    if hasattr(module, "layers"):
         return CompiledLayers(module)
-    return torch.compile(module.forward, dynamic=name == _LANGUAGE_MODEL)
+    return torch.compile(module.forward, dynamic=True)  # prompts have many lengths
 
 
 def _kind_of(arguments: dict[str, Any]) -> Any:
@@ -300,7 +353,7 @@ def _causal_mask(mask: Tensor, capacity: int) -> Tensor:
 
     Args:
         mask: [B, T], 0 for padding.
-        capacity: places of the cache, C >= T.
+        capacity: places, C >= T.
 
     Returns:
         [B, 1, T, C], bool.

@@ -16,7 +16,7 @@ from sf_mllm.errors import InputError
 from sf_mllm.inference import recordings
 from sf_mllm.inference import replay as replay_module
 from sf_mllm.inference.compiled_layers import CompiledLayers
-from sf_mllm.inference.recordings import CudaGraphRecorder, ReplayedForward
+from sf_mllm.inference.recordings import CudaGraphRecorder, Replayed
 from sf_mllm.inference.replay import PROMPT_STEP, SHORTEST_CACHE, Replay, generation_config
 from sf_mllm.inference.session import ChatSession
 from tests.tape import TapeRecorder
@@ -156,8 +156,14 @@ def turn(processor, *images) -> dict[str, Tensor]:
     return dict(processor.apply_chat_template([{"role": "user", "content": content}], **settings))
 
 
+@pytest.fixture
+def unrecorded(monkeypatch):
+    """Python runs each time."""
+    monkeypatch.setattr(Replayed, "__call__", lambda self, *args, **kwargs: self._function(*args, **kwargs))
+
+
 @pytest.mark.parametrize("num_images", [0, 1, 2])
-def test_what_is_begun_is_what_generate_asks_for(model_and_processor, replay, monkeypatch, num_images):
+def test_what_is_begun_is_what_generate_asks_for(model_and_processor, replay, unrecorded, monkeypatch, num_images):
     replay, _ = replay
     model, processor = model_and_processor
     inputs = turn(processor, *(make_image(seed) for seed in range(num_images)))
@@ -177,11 +183,16 @@ def test_what_is_begun_is_what_generate_asks_for(model_and_processor, replay, mo
         assert answer[0, -4:].tolist() == expected
         assert len(forwards) == (4 if is_taken else 5)
     first, again = forwards[:2]
-    assert begun.mask is first["attention_mask"]
     for name in ("input_ids", "position_ids"):
         assert torch.equal(first[name], again[name])
-    if (mask := again.get("attention_mask")) is not None:
-        assert torch.equal(first["attention_mask"], mask)
+    mask = again["attention_mask"]
+    assert torch.equal(begun.mask, mask) and mask.shape[-1] == SHORTEST_CACHE
+    # What is begun attends to the places of the prompt alone, in the same memory.
+    length = mask.shape[2]
+    assert torch.equal(first["attention_mask"], mask[..., :length]) and not mask[..., length:].any()
+    for name in ("keys", "values"):
+        front, whole = (getattr(forward[CACHE].layers[1], name) for forward in (first, again))
+        assert front.data_ptr() == whole.data_ptr() and torch.equal(front, whole[:, :, :length])
 
 
 def test_generate_does_not_wait_for_what_is_begun(model_and_processor, replay):
@@ -225,20 +236,22 @@ class LoggedStream:
         self.log.append(f"out of {self.name}")
 
 
-def test_what_is_begun_has_a_stream_of_its_own_and_is_waited_for(model_and_processor, replay, monkeypatch):
+def test_what_is_begun_has_a_stream_of_its_own_and_is_waited_for(model_and_processor, replay, unrecorded, monkeypatch):
     replay, _ = replay
     model, processor = model_and_processor
     inputs, log = turn(processor, make_image(1)), []
-    host, aside = LoggedStream("host", log), LoggedStream("aside", log)
+    host, own = LoggedStream("host", log), LoggedStream("aside", log)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: host)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(replay, "_stream", aside)
-    language_model = model.model.language_model
-    forward = language_model.forward
+    monkeypatch.setattr(replay, "_stream", own)
+    language_model, tower = model.model.language_model, model.model.vision_tower
+    forward, look = language_model.forward, tower.forward
     language_model.forward = lambda *args, **kwargs: log.append("language model") or forward(*args, **kwargs)
+    tower.forward = lambda *args, **kwargs: log.append("encoder") or look(*args, **kwargs)
     take = replay._take_begun
     replay._take_begun = lambda *args, **kwargs: log.append("generate asks") or take(*args, **kwargs)
-    begun = ["aside waits for host", "in aside", "language model", "out of aside"]
+    aside = lambda part: ["aside waits for host", "in aside", part, "out of aside"]  # noqa: E731
+    begun = [*aside("encoder"), *aside("language model")]
     try:
         for _ in range(2):
             with torch.inference_mode():
@@ -251,7 +264,7 @@ def test_what_is_begun_has_a_stream_of_its_own_and_is_waited_for(model_and_proce
             replay.prepare(inputs, 2)  # what was begun before is never asked for
         assert log == ["host waits for aside", *begun]
     finally:
-        language_model.forward = forward
+        language_model.forward, tower.forward = forward, look
         del replay._take_begun
 
 
@@ -274,16 +287,20 @@ def test_other_settings_than_were_begun_with_are_answered_too(model_and_processo
 
 def test_a_model_gets_back_what_it_had(model_and_processor):
     model, _ = model_and_processor
-    own, hooked = model.forward, lambda **given: own(**given)
-    model.forward = hooked
+    modules = (model, model.model, model.model.vision_tower, model.model.multi_modal_projector)
+    had = [dict(vars(module)) for module in modules]
+    hooked = {module: functools.partial(module.forward) for module in (model, model.model.vision_tower)}
+    for module, forward in hooked.items():
+        module.forward = forward
     try:
         replay = Replay(model, TapeRecorder())
-        assert model.forward is not hooked
+        assert all(module.forward is not forward for module, forward in hooked.items())
         replay.close()
-        assert model.forward is hooked
+        assert all(module.forward is forward for module, forward in hooked.items())
     finally:
-        del model.forward
-    assert not {"forward", "create_masks_for_generate"} & vars(model).keys()
+        for module in hooked:
+            del module.forward
+    assert [dict(vars(module)) for module in modules] == had
 
 
 def test_prompts_of_many_lengths_share_recordings(model_and_processor, replay):
@@ -357,7 +374,8 @@ def test_a_longer_conversation_gets_a_larger_cache(model_and_processor, replay):
     before = recorder.recorded
     assert replay.prepare({name: values.repeat(2, 1) for name, values in inputs.items()}, 8)[CACHE] is not large
     assert converse(model_and_processor, replay) == converse(model_and_processor, replay) == expected
-    assert recorder.recorded - before == before - at_first > 0  # those that held the old cache are gone
+    # Those that held the old cache are gone, those of encoder and projector are not.
+    assert recorder.recorded - before == before - at_first - 2 > 0
 
 
 def test_sampled_answers_and_regions(model_and_processor, replay):
@@ -390,7 +408,8 @@ class Shift(nn.Module):
 @pytest.fixture
 def shift():
     module, recorder = Shift(), TapeRecorder()
-    return module, ReplayedForward(module, recorder), recorder
+    module.forward = forward = Replayed(module.forward, recorder, "Shift")
+    return module, forward, recorder
 
 
 def test_outputs_are_copies_and_python_is_left_out(shift):
@@ -425,7 +444,7 @@ def test_another_shape_type_or_setting_is_another_recording(shift):
 
 
 def test_what_cannot_be_replayed_is_run_as_it_is(shift):
-    module, forward, recorder = shift
+    module, _, recorder = shift
     values = torch.ones(2, 3)
     for _ in range(3):  # gradients
         module(values)["sum"].sum().backward()
@@ -436,10 +455,6 @@ def test_what_cannot_be_replayed_is_run_as_it_is(shift):
             for _ in range(3):
                 assert module(values, **settings)["cache"] == settings["cache"]
         assert (module.calls, recorder.recorded) == (9, 0)
-        forward.close()
-        for _ in range(3):
-            module(values)
-    assert (module.calls, recorder.recorded) == (12, 0) and "forward" not in vars(module)
 
 
 def test_a_module_that_cannot_be_recorded_is_named_once_and_works(caplog):
@@ -447,7 +462,7 @@ def test_a_module_that_cannot_be_recorded_is_named_once_and_works(caplog):
         raise RuntimeError("operation not permitted when capturing\nmore")
 
     module = Shift()
-    ReplayedForward(module, refuse)
+    module.forward = Replayed(module.forward, refuse, "Shift")
     with torch.inference_mode(), caplog.at_level(logging.WARNING):
         outputs = [module(torch.full((2, 3), float(value)))["sum"] for value in range(5)]
     assert [output[0, 0].item() for output in outputs] == [1, 2, 3, 4, 5]
