@@ -40,7 +40,7 @@ class Replayed:
         self, function: Callable[..., Any], record: Recorder, name: str, faster: Callable[..., Any] | None = None
     ) -> None:
         self._function, self._faster, self._record, self._name = function, faster or function, record, name
-        self._recordings: OrderedDict[Any, _Recording | None] = OrderedDict()  # None after the first run
+        self._calls: OrderedDict[Any, _Call] = OrderedDict()
         self._cannot_be_recorded = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,47 +53,75 @@ class Replayed:
         kind = kind_of_inputs(leaves, structure)
         if kind is None or _is_recording():
             return self._faster(*args, **kwargs)
-        is_first = kind not in self._recordings
-        recording = self._recordings.setdefault(kind, None)
-        self._recordings.move_to_end(kind)
-        if len(self._recordings) > _MAX_RECORDINGS:
-            self._recordings.popitem(last=False)
-        if is_first:
-            return self._faster(*args, **kwargs)
-        if recording is None:
+        call = self._calls.get(kind)
+        if call is None:
+            call = self._calls[kind] = _Call(self._faster, leaves, structure)
+            if len(self._calls) > _MAX_RECORDINGS:
+                self._calls.popitem(last=False)
+            return call.run()
+        self._calls.move_to_end(kind)
+        if not call.is_recorded:
             try:
-                recording = _Recording(self._faster, leaves, structure, self._record)
+                call.record(self._record, leaves)
             except RuntimeError as error:  # a model that waits for the device in between, for example
                 logger.warning(
                     "%s cannot be recorded as a CUDA graph and is run as it is: %s.", self._name, first_line(error)
                 )
                 self._cannot_be_recorded = True
+                self._calls.clear()
                 return self._faster(*args, **kwargs)
-            self._recordings[kind] = recording
-        return recording.replay(leaves)
+        return call.replay(leaves)
 
     def forget(self) -> None:
         """Drop all recordings, and the caches that they hold."""
-        self._recordings.clear()
+        self._calls.clear()
 
 
-class _Recording:
-    """One recorded call with the memory of its inputs and outputs."""
+class _Call:
+    """A call with the memory of its inputs, which it is run with, recorded with and replayed with.
 
-    def __init__(self, forward: Callable[..., Any], leaves: list[Any], structure: Any, record: Recorder) -> None:
-        inputs = [_clone(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    The first run has them, too: what the compiler learns of memory laid out in another way would be no good for these,
+    and it would work again while they are recorded, which CUDA does not allow.
+    """
+
+    def __init__(self, function: Callable[..., Any], leaves: list[Any], structure: Any) -> None:
+        with torch.inference_mode():
+            inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._inputs = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
         args, kwargs = tree_unflatten(inputs, structure)
-        outputs, self._play = record(lambda: forward(*args, **kwargs))
-        self._outputs, self._structure = flatten(outputs)
+        self._function = lambda: function(*args, **kwargs)
+        self._outputs: tuple[list[Any], Any] = ([], None)  # leaves and their structure
+        self._play: Callable[[], None] | None = None
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether it can be replayed."""
+        return self._play is not None
+
+    def run(self) -> Any:
+        """Return what the function returns for the inputs that this was made with."""
+        with torch.inference_mode():
+            outputs = flatten(self._function())
+        return _copy(*outputs)
+
+    def record(self, record: Recorder, leaves: list[Any]) -> None:
+        """Make a recording, of which nothing is replayed yet."""
+        with torch.inference_mode():
+            self._take(leaves)
+            outputs, self._play = record(self._function)
+        self._outputs = flatten(outputs)
 
     def replay(self, leaves: list[Any]) -> Any:
+        """Return what the function would return."""
+        assert self._play is not None, "record first"
+        with torch.inference_mode():
+            self._take(leaves)
+            self._play()
+        return _copy(*self._outputs)
+
+    def _take(self, leaves: list[Any]) -> None:
         if self._inputs:
             torch._foreach_copy_(self._inputs, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
-        self._play()
-        # Copies: all recordings use the same memory for what they compute.
-        outputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._outputs]
-        return tree_unflatten(outputs, self._structure)
 
 
 class CudaGraphRecorder:
@@ -106,9 +134,16 @@ class CudaGraphRecorder:
         """Record a function of no arguments, see `Recorder`."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = function()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                outputs = function()
+        except BaseException:
+            # Where recording fails at its start or its end, PyTorch stays in the stream of the recording, and takes the
+            # memory for one that is being recorded.
+            torch.cuda.set_stream(stream)
+            self._pool = None
+            raise
         return outputs, graph.replay
 
 
@@ -148,11 +183,9 @@ def has_memory(cache: Cache) -> bool:
     return all(layer.is_initialized for layer in layers)
 
 
-def _clone(tensor: Tensor) -> Tensor:
-    """Return a copy that is a tensor of inference mode where the given one is: the compiler tells them apart."""
-    with torch.inference_mode(tensor.is_inference()):
-        copy = torch.empty_like(tensor)
-    return copy.copy_(tensor)
+def _copy(leaves: list[Any], structure: Any) -> Any:
+    """Return outputs whose tensors stay: all recordings use the same memory for what they compute."""
+    return tree_unflatten([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 
 
 def _is_recording() -> bool:

@@ -421,6 +421,50 @@ def test_outputs_are_copies_and_python_is_left_out(shift):
     assert (module.calls, recorder.recorded, recorder.played) == (2, 1, 5)
 
 
+def test_the_first_output_is_no_view_of_what_the_next_call_overwrites():
+    recorded = Replayed(lambda values: values[1:], TapeRecorder(), "Tail")
+    with torch.inference_mode():
+        outputs = [recorded(torch.full((3,), float(value))) for value in range(4)]
+    assert [output.tolist() for output in outputs] == [[value] * 2 for value in range(4)]
+
+
+def test_nothing_is_compiled_while_it_is_recorded():
+    """Inputs that are views with gaps, as the patches of a ViT without their class token are."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda values: values * 2, backend=backend, dynamic=False)
+    numbers: list[int] = []
+
+    def record(function):
+        before = len(graphs)
+        outputs = function()
+        numbers.append(len(graphs) - before)
+        return outputs, lambda: None
+
+    recorded = Replayed(lambda values: values * 2, record, "Double", compiled)
+    views = torch.arange(24.0).view(2, 3, 4)[:, 1:]
+    with torch.inference_mode():
+        for _ in range(2):
+            assert torch.equal(recorded(views), views * 2)
+    assert (len(graphs), numbers) == (1, [0])
+
+
+@pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
+def test_recordings_of_one_mode_serve_the_other(shift, modes):
+    module, _, recorder = shift
+    for mode in (modes[0], modes[0], modes[1]):
+        with mode():
+            output = module(torch.ones(2, 3))["sum"]
+            output += 1  # as in the mode that it was asked for in
+            assert output.is_inference() == (mode is torch.inference_mode) and output.unique().tolist() == [3]
+    assert (module.calls, recorder.recorded, recorder.played) == (2, 1, 2)
+
+
 def test_another_shape_type_or_setting_is_another_recording(shift):
     module, forward, recorder = shift
     ones = torch.ones(2, 3)
@@ -483,6 +527,20 @@ def test_a_model_of_other_parts_or_with_sliding_windows_is_refused(model_and_pro
     finally:
         model.config.text_config = text
     assert "forward" not in vars(model.model.vision_tower)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_recording_that_fails_leaves_nothing_behind():
+    record, values, stream = CudaGraphRecorder(), torch.ones(3, device="cuda"), torch.cuda.current_stream()
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            record(lambda: values * values.sum().item())  # waits for the device
+        assert torch.cuda.current_stream() == stream
+    output, play = record(lambda: values * 2)
+    values.fill_(3)
+    play()
+    assert output.tolist() == [6, 6, 6]
 
 
 @pytest.mark.gpu
