@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
             f"{model.device}, loaded in {seconds:.1f} s"
         )
     if options.compile:
-        _note("The model is compiled as it answers: the first two answers take minutes.")
+        _note("The model is compiled as it answers: the first two answers take longer.")
     session = ChatSession(
         model,
         processor,
