@@ -89,7 +89,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--cuda-graphs", action="store_true", help="record forward passes as CUDA graphs and replay them (cuda)"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="compile what --cuda-graphs records; the first answers take longer (cuda)"
+        "--compile", action="store_true", help="compile what --cuda-graphs records; first answers take longer (cuda)"
     )
     parser.add_argument("--verbose", action="store_true", help="print device, token counts and times to stderr")
     options, unknown = parser.parse_known_args(arguments)
