@@ -6,8 +6,9 @@ Protocol `encoder-profile-1`: random weights of a published size, drawings, bflo
 calls one after the other, not waited for in between. The others are kernels of as many calls under PyTorch's profiler,
 told apart by their names. A floor is the larger of two times: operations over the device's dense bfloat16 peak, and
 bytes that must be read or written over the peak of its memory. It takes each part as fused as it can be by itself: an
-addition goes with the norm behind it, an activation reads and writes once. `others` has no floor: coordinates in
-float32, copies, and what the names do not tell.
+addition goes with the norm behind it, an activation reads and writes once; where a kernel of ours multiplies and
+activates, its time is one of linear layers. `others` has no floor: coordinates in float32, copies, and what the names
+do not tell.
 """
 
 import itertools
@@ -48,7 +49,7 @@ _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (STEM, ("_convolve_kernel", "_pool_kernel", "convolution", "max_pool2d", "fprop_optimized", "nhwcaddpadding")),
     (ATTENTION, ("_attend_kernel", "sdpa", "flash", "fmha")),
     (MIXING, ("_mix_kernel", "_sample_kernel", "grid_sampler")),
-    (PRODUCTS, ("nvjet", "gemm", "cutlass", "cublas", "splitk")),
+    (PRODUCTS, ("_linear_activation_kernel", "nvjet", "gemm", "cutlass", "cublas", "splitk")),
     (ACTIVATIONS, ("_gelu_", "_sigmoid_", "_erf_")),
     (NORMS, ("layer_norm",)),
 )

@@ -8,6 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sf_mllm.ops.attention import attend
 from sf_mllm.ops.implementations import REFERENCE
+from sf_mllm.ops.linear_activation import linear_activation
 
 
 def drop_path(branch: Tensor, probability: float, training: bool) -> Tensor:
@@ -44,17 +45,39 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, activation, linear."""
+    """Linear, activation, linear.
+
+    Args:
+        width: of the tokens, D.
+        hidden: width between the two layers.
+        activation: name in transformers' `ACT2FN`.
+
+    Attributes:
+        kernels: see `SparseFormerModel.set_kernels`.
+    """
 
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
+        self.kernels = REFERENCE
+        self.activation = activation
         self.fc1 = nn.Linear(width, hidden)
         self.act: Callable[[Tensor], Tensor] = ACT2FN[activation]
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Transform each token of [B, T, D] by itself."""
-        return self.fc2(self.act(self.fc1(tokens)))
+        if self.kernels == REFERENCE or not _is_plain(self.fc1):
+            return self.fc2(self.act(self.fc1(tokens)))
+        return self.fc2(linear_activation(tokens, self.fc1.weight, self.fc1.bias, self.activation, self.kernels))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer does nothing but multiply and add: it is not quantised, spread over devices or looked at."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) in (nn.Parameter, Tensor)
+        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+    )
 
 
 class CortexBlock(GradientCheckpointingLayer):

@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from sf_mllm.encoder.attention_pool import AttentionPool
 from sf_mllm.encoder.configuration_sparseformer import SparseFormerConfig
-from sf_mllm.encoder.cortex import Attention, CortexBlock
+from sf_mllm.encoder.cortex import MLP, Attention, CortexBlock
 from sf_mllm.encoder.focusing import FocusingStage, drop_path_rates
 from sf_mllm.encoder.focusing_v1 import FocusingStageV1
 from sf_mllm.encoder.layers import MatrixGenerator, UnitLayerNorm, ZeroStartLinear
@@ -173,7 +173,7 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
         return self.norm(tokens[:, first_latent:].mean(dim=1))
 
     def set_kernels(self, name: str) -> None:
-        """Choose what convolves and pools images, samples and mixes features, and attends; results differ in rounding.
+        """Choose what computes the stem, sampling, mixing, attention and MLPs; results differ in rounding.
 
         Args:
             name: "torch", PyTorch's own operations, where a model starts; or "triton", kernels for CUDA devices. It
@@ -187,7 +187,7 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
 
         load_kernels(name)
         for module in self.modules():
-            if isinstance(module, StemConvolution | AdaptiveMixing | AdaptiveMixingV1 | Attention):
+            if isinstance(module, StemConvolution | AdaptiveMixing | AdaptiveMixingV1 | Attention | MLP):
                 module.kernels = name
 
     @property

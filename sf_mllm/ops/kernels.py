@@ -9,7 +9,7 @@ from torch import Tensor
 from sf_mllm.errors import InputError, nearest
 from sf_mllm.ops.implementations import REFERENCE
 
-_OPERATIONS = ("convolution", "pooling", "sampling", "mixing", "attention")
+_OPERATIONS = ("convolution", "pooling", "sampling", "mixing", "attention", "linear_activation")
 _MODULES = {"triton": tuple(f"sf_mllm.ops.{operation}_triton" for operation in _OPERATIONS)}
 """Modules that add an implementation when they are imported, by its name."""
 
@@ -22,7 +22,7 @@ _TRIED_CAPABILITY = (9, 0)
 
 
 def load_kernels(name: str) -> None:
-    """Make an implementation of each operation known: convolution, pooling, sampling, mixing, attention.
+    """Make an implementation of each operation known: those of `_OPERATIONS`.
 
     Raises:
         InputError: there is none of that name, or what it needs is not installed.

@@ -17,10 +17,18 @@ from sf_mllm.ops import kernels as kernels_module
 from sf_mllm.ops.attention import ATTENTION_IMPLEMENTATIONS, attend
 from sf_mllm.ops.convolution import CONVOLUTION_IMPLEMENTATIONS, convolve
 from sf_mllm.ops.kernels import KERNEL_NAMES, choose_kernels, load_kernels
+from sf_mllm.ops.linear_activation import LINEAR_ACTIVATION_IMPLEMENTATIONS, linear_activation
 from sf_mllm.ops.mixing import MIXING_IMPLEMENTATIONS, sample_and_mix
 from sf_mllm.ops.pooling import POOLING_IMPLEMENTATIONS, pool_and_normalise
 from sf_mllm.ops.sampling import SAMPLING_IMPLEMENTATIONS, sample_points
-from tests.ops import attention_cases, convolution_cases, mixing_cases, pooling_cases, sampling_cases
+from tests.ops import (
+    attention_cases,
+    convolution_cases,
+    linear_activation_cases,
+    mixing_cases,
+    pooling_cases,
+    sampling_cases,
+)
 
 pytest.importorskip("triton")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -30,6 +38,7 @@ IMPLEMENTATIONS = (
     SAMPLING_IMPLEMENTATIONS,
     MIXING_IMPLEMENTATIONS,
     ATTENTION_IMPLEMENTATIONS,
+    LINEAR_ACTIVATION_IMPLEMENTATIONS,
 )
 SMALL = {
     "num_latents": 9,
@@ -54,6 +63,7 @@ def make_model() -> SparseFormerModel:
         ("mixing_cases", 16),
         ("attention_cases", 14),
         ("convolution_cases", 8),
+        ("linear_activation_cases", 12),
     ],
 )
 def test_interpreted_kernels_agree_with_pytorch(cases: str, count: int) -> None:
@@ -67,17 +77,30 @@ def test_interpreted_kernels_agree_with_pytorch(cases: str, count: int) -> None:
     assert f"{count} cases agree" in done.stdout and f"{count} traced cases agree" in done.stdout
 
 
-def test_a_model_with_kernels_is_one_graph_for_the_compiler() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_with_kernels_is_one_graph_for_the_compiler(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a pretended device: values need a GPU, shapes and Python do not."""
     torch._dynamo.reset()
-    model = make_model()
+    model = make_model().to(dtype)
     model.set_kernels("triton")
+    monkeypatch.setattr("sf_mllm.ops.linear_activation_triton._FEWEST_TILES", 0)
+    operations: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        operations.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to("cuda")
-        images = torch.empty(2, 3, 65, 64, device="cuda")
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        output = compiled(images)
+        images = torch.empty(2, 3, 65, 64, device="cuda", dtype=dtype)
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        with torch.inference_mode():
+            output = compiled(images)
     assert output.last_hidden_state.shape == (2, 10, 64) and output.pooler_output.shape == (2, 16)
+    fused = sum("linear_activation" in operation for operation in operations)
+    assert fused == (0 if dtype == torch.float32 else 2 + 4)  # cortex blocks, steps of the focusing transformer
     torch._dynamo.reset()
 
 
@@ -120,6 +143,7 @@ ON_A_GPU = pytest.mark.parametrize(
         pytest.param(pooling_cases, pool_and_normalise, 15, id="pooling"),
         pytest.param(attention_cases, attend, 21, id="attention"),
         pytest.param(convolution_cases, convolve, 12, id="convolution"),
+        pytest.param(linear_activation_cases, linear_activation, 24, id="linear_activation"),
         pytest.param(sampling_cases, sample_points, 72, id="sampling"),
         pytest.param(mixing_cases, sample_and_mix, 24, id="mixing"),
     ],
