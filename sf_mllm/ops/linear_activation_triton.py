@@ -1,9 +1,9 @@
 """A linear layer and its activation by one Triton kernel, for many tokens in 16 bits; made known by being imported.
 
-Between the two PyTorch writes the product to memory and reads it again. Here the activation is applied to the sums while
-they are still on the chip, in fp32, and the bias with it. That saves more than the product loses to cuBLAS's where there
-are many tokens. As many programs as the device has multiprocessors take tile after tile, so that one writes its results
-while it multiplies for the next. There is no way back: what trains goes to the reference.
+Between the two PyTorch writes the product to memory and reads it again. Here the activation is applied to the sums
+while they are still on the chip, in fp32, and the bias with it. That saves more than the product loses to cuBLAS's
+where there are many tokens. As many programs as the device has multiprocessors take tile after tile, so that one writes
+its results while it multiplies for the next. There is no way back: what trains goes to the reference.
 """
 
 import functools
