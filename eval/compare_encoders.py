@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     speed.add_argument("--out", type=Path, required=True, help="folder that train has made")
     speed.add_argument("--variants", nargs="+", help="only these (default: all)")
     speed.add_argument("--teacher-layer", nargs="+", type=int, default=[-2], help="-2 (default), -1 or both")
-    speed.add_argument("--compile", action=argparse.BooleanOptionalAction, help="encoders (default: on a GPU)")
+    speed.add_argument("--compile", action=argparse.BooleanOptionalAction, help="and record (default: on a GPU)")
     speed.add_argument("--repeats", type=int, default=50, help="of each measurement (default: 50)")
     for command in (train, speed):
         command.add_argument("--device", help="cuda, cpu; default: the best there is")
@@ -161,6 +161,8 @@ def _speed(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     parts = Parts(settings)
     device = choose_device(options.device)
     compiled = device.type == "cuda" if options.compile is None else options.compile
+    if compiled and device.type != "cuda":
+        raise InputError(f"--compile is for a CUDA device here, got {device.type}; leave it out.")
     texts = make_all_texts(settings, parts.tokenizer(), options.out)
     for run in plan_runs(_choose(options.variants, parts), [0], [0.0], options.teacher_layer):
         figures = measure_speed(parts, run, texts, device=device, compiled=compiled, repeats=options.repeats)

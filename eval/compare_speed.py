@@ -1,13 +1,15 @@
 """What each variant of `eval.compare_encoders` costs, with the device to itself; weights play no part.
 
-Protocol `compare-speed-1`:
+Protocol `compare-speed-2`:
 
 - `encoder_ms`: normalised pixels to visual tokens of the language model's width, tower, peer and projector.
-- `first_token_ms`: pixels and one question to the logits of the first token; the language model is not compiled.
-- `answer_memory_gib`: peak of that for a batch of 64, weights included.
+- `first_token_ms`: pixels and one question to the first token of `generate`.
+- `encoder_compiled`: whether these two are compiled and replayed as CUDA graphs, as chats are with `--compile`.
+- `answer_memory_gib`: peak of a first token for a batch of 64, weights included.
 - `train_step_ms`, `train_step_memory_gib`: forward and backward of one training batch, tower included, not compiled.
 
-Times are medians. On a GPU weights are bfloat16 (float32 under bfloat16 autocast for the training step).
+Times are medians. On a GPU weights are bfloat16 (float32 under bfloat16 autocast for the training step). In rows of
+`compare-speed-1` nothing was replayed, and the language model was not compiled.
 """
 
 import functools
@@ -22,11 +24,11 @@ from eval.compare_model import join_llava
 from eval.compare_parts import Parts
 from eval.compare_run import Run, encode_prompts
 from sf_mllm.bench.timing import forget_peak, peak_gib, time_in_turns
-from sf_mllm.compiler import mend_compiler
 from sf_mllm.constants import IMAGE_TOKEN
+from sf_mllm.inference.replay import Replay, generation_config
 from sf_mllm.vlm.adapters import add_adapters
 
-PROTOCOL = "compare-speed-1"
+PROTOCOL = "compare-speed-2"
 BATCHES = (1, 64)
 COLUMNS = (
     *(f"encoder_ms_{batch}" for batch in BATCHES),
@@ -49,7 +51,7 @@ def measure_speed(
         run: whose variant and layer are measured.
         texts: the comparison's, for the length of a training batch.
         device: to work on.
-        compiled: compile tower, peer and projector in `encoder_ms` and `first_token_ms`.
+        compiled: compile and record what `encoder_ms` and `first_token_ms` are of, on a CUDA device.
         repeats: of each measurement, after as many to warm up, at most ten.
     """
     torch._dynamo.reset()  # a limit on how often one function is compiled counts the variants before, too
@@ -77,14 +79,12 @@ def measure_speed(
         pixels = render_scenes(parts.settings.domain, TRAINING_SEED, range(max(BATCHES)), parts.image_size, device)
         pixel_values = tower.prepare(pixels).to(dtype)
         image = IMAGE_TOKEN * peer.num_tokens + "\n"
-        if compiled:
-            mend_compiler()
-            model.model.vision_tower.tower = torch.compile(model.model.vision_tower.tower, dynamic=False)
-            model.model.multi_modal_projector = torch.compile(model.model.multi_modal_projector, dynamic=False)
-        figures["encoder_compiled"] = compiled
+    figures["encoder_compiled"] = compiled
+    replay = Replay(model, compiled=True) if compiled else None
 
-    def first_token(inputs: dict[str, Tensor]) -> Tensor:
-        return model(**inputs, logits_to_keep=1).logits.argmax(-1)
+    def first_token(inputs: dict[str, Tensor]) -> Any:
+        given = inputs if replay is None else replay.prepare(inputs, 1)
+        return model.generate(**given, generation_config=generation_config(1))
 
     forget_peak(device)
     with torch.inference_mode():
@@ -93,10 +93,12 @@ def measure_speed(
             inputs.pop("token_type_ids", None)
             if pixel_values is not None:
                 inputs["pixel_values"] = some = pixel_values[:batch].contiguous()
-                encode = functools.partial(model.model.get_image_features, some)
+                encode = functools.partial(model.model.get_image_features, pixel_values=some, return_dict=True)
                 figures[f"encoder_ms_{batch}"] = _median_ms(encode, device, repeats)
             figures[f"first_token_ms_{batch}"] = _median_ms(functools.partial(first_token, inputs), device, repeats)
     figures["answer_memory_gib"] = peak_gib(device)
+    if replay is not None:
+        replay.close()
     return figures | measure_training(parts, run, texts, device=device, repeats=repeats)
 
 

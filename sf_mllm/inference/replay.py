@@ -36,7 +36,6 @@ from sf_mllm.inference.recordings import (
     is_static,
     kind_of_inputs,
 )
-from sf_mllm.ops.implementations import REFERENCE
 from sf_mllm.ops.kernels import AUTOMATIC, choose_kernels
 
 PROMPT_STEP = 64
@@ -70,12 +69,12 @@ class Replay:
         record = record or CudaGraphRecorder()
         parts: Any = model.model
         tower, projector, self._language_model = parts.vision_tower, parts.multi_modal_projector, parts.language_model
-        self._tower = tower if isinstance(tower, SparseFormerModel) else None
-        self._kernels = REFERENCE if self._tower is None else self._tower.kernels
+        # Also where a tower has been put around one of ours.
+        self._kernels = [(part, part.kernels) for part in tower.modules() if isinstance(part, SparseFormerModel)]
         if compiled:
             mend_compiler()
-            if self._tower is not None:
-                self._tower.set_kernels(choose_kernels(AUTOMATIC, self._tower.device))
+            for encoder, _ in self._kernels:
+                encoder.set_kernels(choose_kernels(AUTOMATIC, encoder.device))
         self._model_had: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
         self._get_image_features, self._get_placeholder_mask = parts.get_image_features, parts.get_placeholder_mask
         self._model_forward = model.forward
@@ -148,8 +147,8 @@ class Replay:
             for name in new:
                 del vars(module)[name]
             vars(module).update(had)
-        if self._tower is not None:
-            self._tower.set_kernels(self._kernels)
+        for encoder, kernels in self._kernels:
+            encoder.set_kernels(kernels)
         self._forget_begun()
         self._read_recorded.forget()
         self._cache, self._cache_shape = None, (0, 0)

@@ -31,9 +31,12 @@ from eval.peers.resampler import Resampler
 from eval.peers.teacher_patches import TeacherPatches
 from eval.scene_qa import HELD_OUT_SEED, answer_from_images, held_out_questions
 from sf_mllm.bench.our_towers import EncoderTokens
+from sf_mllm.constants import IMAGE_TOKEN
 from sf_mllm.data.chat import encode_conversation
 from sf_mllm.errors import InputError
+from sf_mllm.inference.replay import Replay, generation_config
 from sf_mllm.training.instruct.parts import join
+from tests.tape import TapeRecorder
 from tests.tiny_text import make_tokenizer
 from tests.tiny_vlm import make_decoder, make_encoder, make_image_processor, make_sf_llava
 
@@ -450,11 +453,34 @@ def test_the_rehearsal_runs_resumes_and_ends_in_rows(tmp_path, capsys):
     assert costs["none"]["encoder_ms_1"] == "" and float(costs["none"]["first_token_ms_1"]) > 0
     for found, protocol, measured in (
         (rows, "compare-encoders-1", ("validation_loss", "training_s")),
-        (costs, "compare-speed-1", ("first_token_ms_64",)),
+        (costs, "compare-speed-2", ("first_token_ms_64",)),
     ):
         for row in found.values():
             assert row["protocol"] == protocol and row["outcome"] == "complete"
             assert all(row[column] for column in ("device", "torch", "date", "command", "max_length", *measured))
+
+
+@pytest.mark.parametrize("variant", ["pooled", "ours-4", "none"])
+def test_every_variant_can_be_recorded(variant, monkeypatch):
+    """As `speed` does on a CUDA device."""
+    parts = Parts(SETTINGS)
+    tower = parts.tower(variant, -2)
+    decoder, tokenizer = parts.decoder()
+    peer = parts.peer(variant, tower, decoder)
+    model = join_llava(None if tower is None else tower.module, peer, decoder, tokenizer).eval()
+    inputs = dict(encode_prompts(tokenizer, [IMAGE_TOKEN * peer.num_tokens + "\nWhat is this?"] * 2))
+    inputs.pop("token_type_ids", None)
+    if tower is not None:
+        inputs["pixel_values"] = torch.rand(2, 3, parts.image_size, parts.image_size)
+    expected = model.generate(**inputs, generation_config=generation_config(3))[:, -3:]
+    monkeypatch.setattr("sf_mllm.inference.replay.choose_kernels", lambda name, device: "torch")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # a tape cannot hold what is compiled
+    replay = Replay(model, recorder := TapeRecorder(), compiled=True)
+    for _ in range(4):
+        answer = model.generate(**replay.prepare(inputs, 3), generation_config=generation_config(3))[:, -3:]
+        assert torch.equal(answer, expected)
+    assert recorder.recorded == (2 if variant == "none" else 4)  # encoder, connector, prompt, further tokens
+    replay.close()
 
 
 def test_a_table_checks_all_settings_that_runs_share():
@@ -484,6 +510,7 @@ def test_variants_in_processes_of_their_own(tmp_path, capsys):
         (["train", "--out", "USED", "--size", "tiny", "--steps", "9"], "other settings (different: steps)"),
         (["speed", "--out", "X"], "holds no comparison"),
         (["speed", "--out", "X", "--repeats", "0"], "--repeats 0 is not possible"),
+        (["speed", "--out", "USED", "--compile", "--device", "cpu"], "--compile is for a CUDA device here, got cpu"),
         (["table", "X"], "holds no comparison"),
         (["table", "USED"], "No run is finished"),
     ],
