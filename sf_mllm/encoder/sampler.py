@@ -13,9 +13,34 @@ from sf_mllm.ops.roi import points_in_rois
 
 
 def predict_in_fp32(tokens: Tensor, weight: Tensor) -> Tensor:
-    """Apply a linear layer without bias in fp32, also under autocast and in a bf16 model: it predicts coordinates."""
+    """Apply a linear layer without bias in fp32, also under autocast and in a bf16 model: it predicts coordinates.
+
+    Args:
+        tokens: [..., D].
+        weight: [K, D].
+
+    Returns:
+        [..., K], fp32.
+    """
     with _autocast_off(tokens.device.type):
+        if _can_sum_in_fp32(tokens, weight):
+            products = torch.mm(tokens.flatten(0, -2), weight.t(), out_dtype=torch.float32)
+            return products.unflatten(0, tokens.shape[:-1])
         return F.linear(tokens.float(), weight.float())
+
+
+def _can_sum_in_fp32(tokens: Tensor, weight: Tensor) -> bool:
+    """Whether CUDA's matrix units do the same: products of 16-bit numbers are exact in fp32, in which they are added.
+
+    PyTorch has no gradients for that. Elsewhere fp32 copies are multiplied, on CUDA without matrix units.
+    """
+    return (
+        tokens.is_cuda
+        and torch.version.cuda is not None
+        and tokens.dtype in (torch.bfloat16, torch.float16)
+        and weight.dtype == tokens.dtype
+        and not (torch.is_grad_enabled() and (tokens.requires_grad or weight.requires_grad))
+    )
 
 
 def _autocast_off(device_type: str) -> AbstractContextManager:
