@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     speed.add_argument("--out", type=Path, required=True, help="folder that train has made")
     speed.add_argument("--variants", nargs="+", help="only these (default: all)")
     speed.add_argument("--teacher-layer", nargs="+", type=int, default=[-2], help="-2 (default), -1 or both")
-    speed.add_argument("--compile", action=argparse.BooleanOptionalAction, help="and record (default: on a GPU)")
+    speed.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="and replay CUDA graphs (default: on a GPU)"
+    )
     speed.add_argument("--repeats", type=int, default=50, help="of each measurement (default: 50)")
     for command in (train, speed):
         command.add_argument("--device", help="cuda, cpu; default: the best there is")
