@@ -46,7 +46,7 @@ _OF_IMAGES = ("pixel_values", "image_sizes")
 
 
 class Replay:
-    """Exchanges the forward of a model and of its vision parts for recordings; `prepare` makes what `generate` takes.
+    """Exchanges a model's forward and `get_image_features` for recordings; `prepare` makes what `generate` takes.
 
     Args:
         model: a LLaVA of transformers, or one of ours.
@@ -68,23 +68,26 @@ class Replay:
             )
         record = record or CudaGraphRecorder()
         parts: Any = model.model
-        tower, projector, self._language_model = parts.vision_tower, parts.multi_modal_projector, parts.language_model
         # Also where a tower has been put around one of ours.
-        self._kernels = [(part, part.kernels) for part in tower.modules() if isinstance(part, SparseFormerModel)]
+        encoders = [part for part in parts.vision_tower.modules() if isinstance(part, SparseFormerModel)]
+        self._kernels = [(encoder, encoder.kernels) for encoder in encoders]
+        self._compiled_forwards: dict[nn.Module, Callable[..., Any]] = {}
         if compiled:
             mend_compiler()
-            for encoder, _ in self._kernels:
+            for encoder in encoders:
                 encoder.set_kernels(choose_kernels(AUTOMATIC, encoder.device))
-        self._model_had: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+            for part in (parts.vision_tower, parts.multi_modal_projector):
+                self._compiled_forwards[part] = torch.compile(part.forward, dynamic=False)  # images have one size
+            self._compiled_forwards[parts.language_model] = _compile_language_model(parts.language_model)
+        self._had: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
         self._get_image_features, self._get_placeholder_mask = parts.get_image_features, parts.get_placeholder_mask
         self._model_forward = model.forward
         self._make_masks: Any = getattr(model, "create_masks_for_generate", create_masks_for_generate)
-        self._compiled_language_model = _compile_language_model(self._language_model) if compiled else None
-        for part in (tower, projector):
-            faster = torch.compile(part.forward, dynamic=False) if compiled else None  # images have one size
-            self._exchange(part, forward=Replayed(part.forward, record, type(part).__name__, faster))
-        faster = self._read_compiled if compiled else None
-        self._read_recorded = Replayed(self._read, record, type(model).__name__, faster)
+        name, looking, reading = type(model).__name__, None, None
+        if compiled:
+            looking, reading = self._compile_within(self._look), self._compile_within(self._read)
+        self._look_recorded = Replayed(self._look, record, f"The vision part of {name}", looking)
+        self._read_recorded = Replayed(self._read, record, name, reading)
         self._exchange(parts, get_image_features=self._look_once, get_placeholder_mask=self._find_placeholders)
 
         @functools.wraps(model.forward)  # `generate` reads the signature
@@ -123,7 +126,7 @@ class Replay:
         if (pixel_values := inputs.get("pixel_values")) is not None:
             images = {name: inputs[name] for name in _OF_IMAGES if inputs.get(name) is not None}
             with torch.inference_mode(), self._aside():
-                self._seen = (pixel_values, self._get_image_features(**images, return_dict=True))
+                self._seen = (pixel_values, self._look_recorded(**images, return_dict=True))
         batch, length = inputs["input_ids"].shape
         padding = -length % PROMPT_STEP
         config = self._model.generation_config
@@ -143,21 +146,36 @@ class Replay:
 
     def close(self) -> None:
         """Give the model back what it had and forget all recordings."""
-        for module, new, had in reversed(self._model_had):
+        for module, new, had in reversed(self._had):
             for name in new:
                 del vars(module)[name]
             vars(module).update(had)
         for encoder, kernels in self._kernels:
             encoder.set_kernels(kernels)
         self._forget_begun()
+        self._look_recorded.forget()
         self._read_recorded.forget()
         self._cache, self._cache_shape = None, (0, 0)
         self._fronts.clear()
 
     def _exchange(self, module: nn.Module, **new: Any) -> None:
         """Give a module other methods until `close`."""
-        self._model_had.append((module, new, {name: vars(module)[name] for name in new if name in vars(module)}))
-        vars(module).update(new)
+        self._had.append((module, new, _put(module, new)))
+
+    def _compile_within(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function in which the model's parts are compiled."""
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            had = {part: _put(part, {"forward": forward}) for part, forward in self._compiled_forwards.items()}
+            try:
+                return function(*args, **kwargs)
+            finally:
+                for part, attributes in had.items():
+                    del part.forward
+                    vars(part).update(attributes)
+
+        return run
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
@@ -214,16 +232,12 @@ class Replay:
         finally:
             self._seen = seen
 
-    def _read_compiled(self, features: Any, **arguments: Any) -> Any:
-        """Do what `_read` does with a compiled language model."""
-        own = vars(self._language_model).get("forward")
-        self._language_model.forward = self._compiled_language_model
-        try:
-            return self._read(features, **arguments)
-        finally:
-            del self._language_model.forward
-            if own is not None:
-                self._language_model.forward = own
+    def _look(self, **arguments: Any) -> Any:
+        """Return what the model makes of images, but for the hidden states of all layers, which nothing here reads."""
+        features = self._get_image_features(**arguments)
+        if getattr(features, "hidden_states", None) is not None:
+            features["hidden_states"] = None
+        return features
 
     def _take_begun(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward: returns what `prepare` has begun if that is what is asked for."""
@@ -253,7 +267,7 @@ class Replay:
         """Return features that are there, or make them."""
         if self._seen is not None and self._seen[0] is pixel_values:
             return self._seen[1]
-        return self._get_image_features(pixel_values, **kwargs)
+        return self._look_recorded(pixel_values=pixel_values, **kwargs)
 
     def _find_mask(self, **kwargs: Any) -> Any:
         """Return the mask of a prompt that `prepare` has begun, or make one."""
@@ -340,6 +354,13 @@ def _kind_of(arguments: dict[str, Any]) -> Any:
     """Return what arguments of the whole model have in common with others that ask for the same, but for images."""
     names = sorted(arguments.keys() - {"return_dict", "pixel_values", "mm_encoder_outputs"})
     return kind_of_inputs(*flatten({name: arguments[name] for name in names}))
+
+
+def _put(module: nn.Module, new: dict[str, Any]) -> dict[str, Any]:
+    """Give a module attributes of its own; return those of these names that it had."""
+    had = {name: vars(module)[name] for name in new if name in vars(module)}
+    vars(module).update(new)
+    return had
 
 
 def _no_length(layer_idx: int = 0) -> int:

@@ -55,7 +55,7 @@ def test_recorded_answers_are_checked_and_timed(saved_model, monkeypatch):
             assert 0 <= row.relative_error < 1e-3, (model, step, batch, mode)
     assert len(rows) == 2 * 2 * 3 * len(STEPS)
     assert len(recorders) == 2 * 2 * 3  # for the check and for the times, at each batch size, of each model
-    assert all(recorder.recorded >= 4 and recorder.played > 4 for recorder in recorders)
+    assert all(recorder.recorded >= 3 and recorder.played > 4 for recorder in recorders)  # image, prompt, next token
 
 
 def test_a_wrong_recording_is_not_timed(saved_model, monkeypatch):

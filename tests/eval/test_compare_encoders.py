@@ -479,7 +479,7 @@ def test_every_variant_can_be_recorded(variant, monkeypatch):
     for _ in range(4):
         answer = model.generate(**replay.prepare(inputs, 3), generation_config=generation_config(3))[:, -3:]
         assert torch.equal(answer, expected)
-    assert recorder.recorded == (2 if variant == "none" else 4)  # encoder, connector, prompt, further tokens
+    assert recorder.recorded == (2 if variant == "none" else 3)  # image, prompt, further tokens
     replay.close()
 
 
