@@ -184,7 +184,7 @@ def _table(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         new = [folder for folder in options.folders if not is_kept(folder)]
         if not new:
             raise InputError("--rows keeps what is new, and all of this is kept already; leave it out.")
-        for name, rows in zip((RUNS, COSTS), read_results(new), strict=True):
+        for name, rows in zip((RUNS, COSTS), read_results(new, costs_will_do=True), strict=True):
             if rows:
                 append_complete_rows(name, rows, options.rows)
     return 0

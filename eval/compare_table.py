@@ -29,14 +29,17 @@ _SHARED = (
 """Settings that all runs of one table have; `encoders` may differ, since variants may be spread over folders."""
 
 
-def read_results(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def read_results(
+    folders: Sequence[Path], *, costs_will_do: bool = False
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return a row for each finished run, and one for each variant whose cost was measured.
 
     Args:
         folders: of `train`, or with kept rows (eval/results).
+        costs_will_do: there need not be a run if there are costs.
 
     Raises:
-        InputError: there is no run, or runs differ in their settings.
+        InputError: there is nothing, or runs differ in their settings.
     """
     runs: list[dict[str, Any]] = []
     costs: list[dict[str, Any]] = []
@@ -55,7 +58,7 @@ def read_results(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[di
                 )
         runs += own_runs
         costs += own_costs
-    if not runs:
+    if not runs and not (costs and costs_will_do):
         raise InputError(f"No run is finished in {', '.join(map(str, folders))}; start the command train first.")
     return runs, costs
 

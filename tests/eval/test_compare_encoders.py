@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from dataclasses import fields, replace
 from functools import partialmethod
 from pathlib import Path
@@ -442,6 +443,13 @@ def test_the_rehearsal_runs_resumes_and_ends_in_rows(tmp_path, capsys):
     assert capsys.readouterr().out == table
     assert main(["table", str(tmp_path / "rows"), "--rows", str(tmp_path / "rows")]) == 2
     assert "all of this is kept already" in capsys.readouterr().err
+    shutil.rmtree(out / "runs")  # costs of another folder, to runs that are kept
+    assert main(["table", str(out), "--rows", str(tmp_path / "rows")]) == 2
+    assert "No run is finished" in capsys.readouterr().err
+    assert main(["table", str(tmp_path / "rows"), str(out), "--rows", str(tmp_path / "rows")]) == 0
+    assert capsys.readouterr().out == table
+    with (tmp_path / "rows" / "compare_speed.csv").open(newline="") as file:
+        assert [row["variant"] for row in csv.DictReader(file)].count("resampler") == 2
     rows, costs = {}, {}
     for name, found in (("compare_encoders", rows), ("compare_speed", costs)):
         with (tmp_path / "rows" / f"{name}.csv").open(newline="") as file:
