@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, GenerationMixin, MistralConfig
 
+from sf_mllm.bench.chat_models import load_chat_model
+from sf_mllm.bench.images import Images
 from sf_mllm.errors import InputError
 from sf_mllm.inference import recordings
 from sf_mllm.inference import replay as replay_module
@@ -59,15 +61,23 @@ def test_replayed_conversations_are_those_without(model_and_processor, replay):
     assert recorder.recorded < 12 < 60 < recorder.played
 
 
-def test_compiled_conversations_are_those_without(model_and_processor, monkeypatch):
-    graphs: list[torch.fx.GraphModule] = []
+class GraphCounter:
+    """Stands in for the compiler's back end, and for a recorder that the compiler must not meet."""
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
-        graphs.append(graph)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+        torch._dynamo.reset()
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=self, fullgraph=True))
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        self.graphs.append(graph)
         return graph.forward
 
-    def record(function):  # no tape: operations under a dispatch mode are not compiled
+    def record(self, function):
+        """No tape: operations under a dispatch mode are not compiled."""
+        before = len(self.graphs)
         outputs, is_first = function(), [True]
+        assert len(self.graphs) == before, "CUDA does not allow to compile while it records"
 
         def play() -> None:
             for own, new in [] if is_first else zip(tree_leaves(outputs), tree_leaves(function()), strict=True):
@@ -77,17 +87,33 @@ def test_compiled_conversations_are_those_without(model_and_processor, monkeypat
 
         return outputs, play
 
-    torch._dynamo.reset()
+
+def test_compiled_conversations_are_those_without(model_and_processor, monkeypatch):
     expected = converse(model_and_processor)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
-    replay = Replay(model_and_processor[0], record, compiled=True)
+    counter = GraphCounter(monkeypatch)
+    replay = Replay(model_and_processor[0], counter.record, compiled=True)
     for _ in range(3):
         assert converse(model_and_processor, replay) == expected
     for length in range(1, 40, 12):
         session = ChatSession(*model_and_processor, max_new_tokens=3, replay=replay)
         "".join(session.ask("what " * length))
     replay.close()
-    assert len(graphs) == 4  # encoder, projector, prompts of any length, further tokens
+    assert len(counter.graphs) == 4  # encoder, projector, prompts of any length, further tokens
+
+
+def test_compiled_answers_of_another_llava_to_several_images(monkeypatch):
+    """LLaVA-1.5 leaves the class token of its ViT out: what its projector reads is a view with gaps."""
+    chat = load_chat_model("random:llava-tiny", torch.device("cpu"), "float32", Images(), question=None, text_tokens=8)
+    inputs = chat.make_inputs(3)
+    expected = chat.model.generate(**inputs, generation_config=generation_config(3))[:, -3:]
+    counter = GraphCounter(monkeypatch)
+    replay = Replay(chat.model, counter.record, compiled=True)
+    for _ in range(4):
+        with torch.inference_mode():
+            answer = chat.model.generate(**replay.prepare(inputs, 3), generation_config=generation_config(3))
+        assert torch.equal(answer[:, -3:], expected)
+    replay.close()
+    assert len(counter.graphs) == 4
 
 
 def test_layers_get_their_forward_back_and_keep_one_of_somebody_else(model_and_processor, monkeypatch):
@@ -432,30 +458,15 @@ def test_the_first_output_is_no_view_of_what_the_next_call_overwrites():
     assert [output.tolist() for output in outputs] == [[value] * 2 for value in range(4)]
 
 
-def test_nothing_is_compiled_while_it_is_recorded():
-    """Inputs that are views with gaps, as the patches of a ViT without their class token are."""
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda values: values * 2, backend=backend, dynamic=False)
-    numbers: list[int] = []
-
-    def record(function):
-        before = len(graphs)
-        outputs = function()
-        numbers.append(len(graphs) - before)
-        return outputs, lambda: None
-
-    recorded = Replayed(lambda values: values * 2, record, "Double", compiled)
-    views = torch.arange(24.0).view(2, 3, 4)[:, 1:]
+def test_nothing_is_compiled_while_it_is_recorded(monkeypatch):
+    counter = GraphCounter(monkeypatch)
+    double = lambda values: values * 2  # noqa: E731
+    recorded = Replayed(double, counter.record, "Double", torch.compile(double, dynamic=False))
+    with_gaps = torch.arange(24.0).view(2, 3, 4)[:, 1:]
     with torch.inference_mode():
-        for _ in range(2):
-            assert torch.equal(recorded(views), views * 2)
-    assert (len(graphs), numbers) == (1, [0])
+        for _ in range(3):
+            assert torch.equal(recorded(with_gaps), with_gaps * 2)
+    assert len(counter.graphs) == 1
 
 
 @pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
