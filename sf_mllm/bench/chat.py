@@ -94,7 +94,7 @@ def measure_chats(
     )
     candidates = []
     for name in names:
-        row = Row(PROTOCOL, "", name, precision=precision, threads=torch.get_num_threads())
+        row = Row(PROTOCOL, FIRST, name, precision=precision, threads=torch.get_num_threads())
         row.images = conditions.images.name
         candidates.append(candidate := _Candidate(row))
         held = held_bytes(conditions.device)

@@ -9,10 +9,22 @@ import torch
 from sf_mllm.bench.correctness import WrongResultError
 from sf_mllm.bench.images import Images
 from sf_mllm.bench.rows import OUT_OF_MEMORY, Row
-from sf_mllm.bench.timing import Spread, Work, free_memory, is_out_of_memory, time_in_turns
+from sf_mllm.bench.timing import Spread, Work, free_memory, is_out_of_memory, time_in_turns, wait
 from sf_mllm.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
+
+
+class DeviceLostError(RuntimeError):
+    """The device takes no more work from this process, as CUDA does after an assertion in a kernel.
+
+    Args:
+        row: of what failed.
+    """
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row.outcome)
+        self.row = row
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,9 @@ class Conditions:
         """Make a row of what could not be measured; other models go on.
 
         What is neither out of memory, wrong nor bad input is a defect somewhere and shows its traceback.
+
+        Raises:
+            DeviceLostError: none can go on.
         """
         if is_out_of_memory(error):
             row.outcome = OUT_OF_MEMORY
@@ -46,7 +61,11 @@ class Conditions:
             logger.error("%s could not be measured.", row.model, exc_info=error)
             row.outcome = f"failed: {type(error).__name__}: {first_line(error)}"
         error.__traceback__ = None  # its frames hold tensors
-        free_memory(self.device)
+        try:
+            wait(self.device)
+            free_memory(self.device)
+        except RuntimeError as lost:
+            raise DeviceLostError(row) from lost
 
 
 def refuse_repeated(names: list[str], what: str) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -10,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from sf_mllm.bench.chat import measure_chats
 from sf_mllm.bench.choices import DEFAULT_CHATS, DEFAULT_TOWERS
-from sf_mllm.bench.conditions import Conditions
+from sf_mllm.bench.conditions import Conditions, DeviceLostError
 from sf_mllm.bench.encoder import measure_encoders
 from sf_mllm.bench.images import Images
 from sf_mllm.bench.lines import describe_group, describe_row
@@ -77,7 +78,7 @@ def report(measure: Callable[[torch.device], Iterable[Row]], options: argparse.N
     has_random = has_bad = False
     group = ""
     width = max(map(len, names))
-    for row in measure(device):
+    for row in _until_lost(measure(device)):
         if describe_group(row) != group:
             group = describe_group(row)
             print(group)
@@ -92,6 +93,19 @@ def report(measure: Callable[[torch.device], Iterable[Row]], options: argparse.N
     if options.rows is not None:
         print(f"The rows are in {options.rows / FILE}")
     return int(has_bad)
+
+
+def _until_lost(rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield rows, the last one of what took the device away, if something does."""
+    try:
+        yield from rows
+    except DeviceLostError as lost:
+        yield lost.row
+        print(
+            f"error: After this failure of '{lost.row.model}' the device takes no more work from this process; "
+            "what was measured before is kept, measure the rest with another command.",
+            file=sys.stderr,
+        )
 
 
 def _measure_all(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:

@@ -2,6 +2,7 @@ import csv
 
 import pytest
 
+from sf_mllm.bench import chat, conditions, encoder
 from sf_mllm.bench import run as bench_run
 from sf_mllm.bench.__main__ import main
 from sf_mllm.bench.arguments import COMMANDS, parse_arguments
@@ -54,6 +55,29 @@ def test_wrong_results_and_failures_are_the_exit_status(monkeypatch, capsys):
     assert main(["encoder"]) == 1
     said = capsys.readouterr().out
     assert "wrong: relative error 1" in said and "Random weights cost what trained ones cost" in said
+
+
+@pytest.mark.parametrize("command", [["chat", "random:sparseformer-tiny"], ["encoder", "sparseformer:base"]])
+def test_a_lost_device_ends_the_command_with_the_row_of_what_took_it(command, tmp_path, monkeypatch, capsys):
+    """As an assertion in a CUDA kernel does: all further calls fail."""
+    is_lost = []
+
+    def fail(*_, **__):
+        is_lost.append(True)
+        raise RuntimeError("device-side assert triggered")
+
+    def wait(device):
+        if is_lost:
+            raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr(chat, "_check_answer", fail)
+    monkeypatch.setattr(encoder, "prepare_variant", fail)
+    monkeypatch.setattr(conditions, "wait", wait)
+    assert main([*command, *QUICK, "--rows", str(tmp_path)]) == 1
+    (row,) = read_rows(tmp_path)
+    assert row["outcome"] == "failed: RuntimeError: device-side assert triggered" and row["step"]
+    said = capsys.readouterr().err
+    assert f"error: After this failure of '{command[1]}' the device takes no more work" in said
 
 
 def test_other_rows_are_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys):
