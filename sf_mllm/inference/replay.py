@@ -244,12 +244,13 @@ class Replay:
         begun = self._begun
         is_begun = begun is not None and not args and begun.kind == _kind_of(kwargs) and self._has_seen(kwargs)
         self._forget_begun()
-        if begun is not None and is_begun:
-            torch._foreach_add_(begun.lengths, begun.shape[1])
-            return begun.output
-        if args or any(kwargs.get(name) is not None for name in (*_OF_IMAGES, "mm_encoder_outputs")):
-            return self._model_forward(*args, **kwargs)
-        return self._read_recorded(None, **kwargs)
+        with torch.inference_mode(not torch.is_grad_enabled()):  # in which the cache has taken its memory
+            if begun is not None and is_begun:
+                torch._foreach_add_(begun.lengths, begun.shape[1])
+                return begun.output
+            if args or any(kwargs.get(name) is not None for name in (*_OF_IMAGES, "mm_encoder_outputs")):
+                return self._model_forward(*args, **kwargs)
+            return self._read_recorded(None, **kwargs)
 
     def _forget_begun(self) -> None:
         self._join()  # before the memory that the work aside reads and writes can be used for something else
@@ -294,7 +295,8 @@ class Replay:
             self._cache, self._cache_shape = _make_cache(self._model, capacity), (batch, capacity)
         else:  # What it holds stays there: it is masked. Overwriting gigabytes would take longer than the prompt.
             layers: list[Any] = self._cache.layers
-            torch._foreach_zero_([layer.cumulative_length for layer in layers])
+            with torch.inference_mode():
+                torch._foreach_zero_([layer.cumulative_length for layer in layers])
         return self._cache
 
     def _front(self, cache: StaticCache, length: int) -> Any:

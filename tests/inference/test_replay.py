@@ -310,6 +310,18 @@ def test_other_settings_than_were_begun_with_are_answered_too(model_and_processo
         assert len(output.hidden_states) == 4 and output.hidden_states[0] is not None
 
 
+def test_answers_may_come_within_inference_mode_and_outside(model_and_processor, replay):
+    """Caches take their memory within, and nothing outside may write there without care."""
+    replay, _ = replay
+    model, processor = model_and_processor
+    inputs = turn(processor, make_image(1))
+    expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, -3:]
+    for mode in 2 * (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            answer = model.generate(**replay.prepare(inputs, 3), generation_config=generation_config(3))
+        assert torch.equal(answer[0, -3:], expected)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_model_gets_back_what_it_had(model_and_processor, compiled, monkeypatch):
     model, _ = model_and_processor
