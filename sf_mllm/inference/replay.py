@@ -79,7 +79,6 @@ class Replay:
             for part in (parts.vision_tower, parts.multi_modal_projector):
                 self._compiled_forwards[part] = torch.compile(part.forward, dynamic=False)  # images have one size
             self._compiled_forwards[parts.language_model] = _compile_language_model(parts.language_model)
-        self._had: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
         self._get_image_features, self._get_placeholder_mask = parts.get_image_features, parts.get_placeholder_mask
         self._model_forward = model.forward
         self._make_masks: Any = getattr(model, "create_masks_for_generate", create_masks_for_generate)
@@ -88,13 +87,15 @@ class Replay:
             looking, reading = self._compile_within(self._look), self._compile_within(self._read)
         self._look_recorded = Replayed(self._look, record, f"The vision part of {name}", looking)
         self._read_recorded = Replayed(self._read, record, name, reading)
-        self._exchange(parts, get_image_features=self._look_once, get_placeholder_mask=self._find_placeholders)
 
         @functools.wraps(model.forward)  # `generate` reads the signature
         def answer(*args: Any, **kwargs: Any) -> Any:
             return self._take_begun(*args, **kwargs)
 
-        self._exchange(model, forward=answer, create_masks_for_generate=self._find_mask)
+        self._exchanges = [
+            _exchange(parts, get_image_features=self._look_once, get_placeholder_mask=self._find_placeholders),
+            _exchange(model, forward=answer, create_masks_for_generate=self._find_mask),
+        ]
         self._seen: tuple[Tensor, Any] | None = None  # pixels and what the model makes of them
         self._begun: _Begun | None = None
         self._num_placeholders: int | None = None
@@ -146,10 +147,8 @@ class Replay:
 
     def close(self) -> None:
         """Give the model back what it had and forget all recordings."""
-        for module, new, had in reversed(self._had):
-            for name in new:
-                del vars(module)[name]
-            vars(module).update(had)
+        for give_back in reversed(self._exchanges):
+            give_back()
         for encoder, kernels in self._kernels:
             encoder.set_kernels(kernels)
         self._forget_begun()
@@ -158,22 +157,17 @@ class Replay:
         self._cache, self._cache_shape = None, (0, 0)
         self._fronts.clear()
 
-    def _exchange(self, module: nn.Module, **new: Any) -> None:
-        """Give a module other methods until `close`."""
-        self._had.append((module, new, _put(module, new)))
-
     def _compile_within(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function in which the model's parts are compiled."""
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            had = {part: _put(part, {"forward": forward}) for part, forward in self._compiled_forwards.items()}
+            exchanges = [_exchange(part, forward=forward) for part, forward in self._compiled_forwards.items()]
             try:
                 return function(*args, **kwargs)
             finally:
-                for part, attributes in had.items():
-                    del part.forward
-                    vars(part).update(attributes)
+                for give_back in exchanges:
+                    give_back()
 
         return run
 
@@ -358,11 +352,17 @@ def _kind_of(arguments: dict[str, Any]) -> Any:
     return kind_of_inputs(*flatten({name: arguments[name] for name in names}))
 
 
-def _put(module: nn.Module, new: dict[str, Any]) -> dict[str, Any]:
-    """Give a module attributes of its own; return those of these names that it had."""
-    had = {name: vars(module)[name] for name in new if name in vars(module)}
-    vars(module).update(new)
-    return had
+def _exchange(module: nn.Module, **methods: Any) -> Callable[[], None]:
+    """Give a module other methods; return what gives it back those that it had, of its own or of its class."""
+    had = {name: vars(module)[name] for name in methods if name in vars(module)}
+    vars(module).update(methods)
+
+    def give_back() -> None:
+        for name in methods:
+            del vars(module)[name]
+        vars(module).update(had)
+
+    return give_back
 
 
 def _no_length(layer_idx: int = 0) -> int:
