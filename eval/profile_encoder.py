@@ -127,7 +127,7 @@ def work_of(
         work[part].operations += operations
 
     def watch(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        given = inputs[0]
+        given = inputs[0] if inputs else output  # what starts the tokens is given nothing
         match module:
             case StemConvolution():
                 add(STEM, 0, 2 * output.numel() * module.weight[0].numel())
@@ -143,10 +143,10 @@ def work_of(
                 add(ATTENTION, 4 * output.numel(), 4 * output.numel() * output.shape[1])
             case AdaptiveMixing():
                 outputs = module.num_output_points * module.channels
-                generated = module.channels**2 + module.num_output_points * module.num_points
+                generated = inputs[2].numel() / output.shape[-1] * module.generate.out_features
                 tokens = output.numel() / output.shape[-1]
                 products = module.num_points * module.channels**2 + outputs * module.num_points
-                add(MIXING, given.numel() + tokens * (generated + outputs), 2 * tokens * products)
+                add(MIXING, given.numel() + generated + tokens * outputs, 2 * tokens * products)
             case nn.LayerNorm():  # the stream and a branch in, the stream and its norm out
                 add(NORMS, 4 * output.numel())
             case MLP():

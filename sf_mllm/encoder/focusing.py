@@ -70,7 +70,11 @@ class FocusingBlock(GradientCheckpointingLayer):
     def forward(
         self, features: Tensor, latents: Tensor, rois: Tensor, drop_path_rate: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return new latents [B, N, D], new RoIs [B, N, 4] and the points that were read [B, N, P, 2]."""
+        """Return new latents [B, N, D], new RoIs [B, N, 4] and the points that were read, [B, N, P, 2].
+
+        `latents` [B, N, D] and `rois` [B, N, 4] may have a batch size of 1 if all images share them; so have the points
+        then.
+        """
         points = self.sampler(latents, rois)
         latents = latents + drop_path(self.mixing(features, points, latents), drop_path_rate, self.training)
         latents = latents + self.roi_code(rois)
@@ -123,13 +127,17 @@ class FocusingStage(nn.Module):
         self.wide = SamplingBlock(config)
 
     def forward(self, features: Tensor, latents: Tensor, rois: Tensor) -> FocusingOutput:
-        """Focus tokens [B, N, focusing_size] with RoIs [B, N, 4] on features [B, C, H, W]."""
-        all_rois, all_points = [rois], []
+        """Focus tokens [1, N, focusing_size] with RoIs [1, N, 4] on features [B, C, H, W].
+
+        All images have the same tokens until they read features: what depends on nothing else is computed once.
+        """
+        batch_size = len(features)
+        all_rois, all_points = [rois.expand(batch_size, -1, -1)], []
         for repeat, rate in enumerate(self.drop_path_rates[:-1]):
             if self.stage_embedding is not None:
                 latents = latents + self.stage_embedding[repeat]
             latents, rois, points = self.narrow(features, latents, rois, rate)
             all_rois.append(rois)
-            all_points.append(points)
+            all_points.append(points.expand(batch_size, -1, -1, -1))
         latents, points = self.wide(features, self.transition(latents), rois, self.drop_path_rates[-1])
         return FocusingOutput(latents, all_rois, [*all_points, points])

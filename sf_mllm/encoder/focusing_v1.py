@@ -66,7 +66,9 @@ class FocusingStageV1(nn.Module):
         self.wide = FocusingBlockV1(config, config.hidden_size, config.num_attention_heads, config.sampling_mixing_size)
 
     def forward(self, features: Tensor, latents: Tensor, rois: Tensor) -> FocusingOutput:
-        """Focus tokens [B, N, focusing_size] with RoIs [B, N, 4] on features [B, C, H, W]."""
+        """Focus tokens [1, N, focusing_size] with RoIs [1, N, 4] on features [B, C, H, W]."""
+        # Attention comes first here, and stochastic depth drops it for each image by itself.
+        latents, rois = (tensor.expand(len(features), -1, -1) for tensor in (latents, rois))
         all_rois, all_points = [rois], []
         for rate in self.drop_path_rates[:-1]:
             latents, rois, points = self.narrow(features, latents, rois, rate)

@@ -48,7 +48,10 @@ class AdaptiveMixing(_AdaptiveMixing):
     """Adaptive mixing of the bootstrapped family: GELU(S (X M))."""
 
     def forward(self, features: Tensor, points: Tensor, latents: Tensor) -> Tensor:
-        """Decode features [B, C, H, W] at points [B, N, P, 2] for tokens [B, N, D]: a residual [B, N, D]."""
+        """Decode features [B, C, H, W] at points [B, N, P, 2] for tokens [B, N, D]: a residual [B, N, D].
+
+        The batch size of points and tokens may be 1: they are those of all images then.
+        """
         mixed = sample_and_mix(
             features,
             points,

@@ -139,8 +139,7 @@ class SparseFormerModel(StrictLoadingMixin, PreTrainedModel):
         if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixel_values must be [batch, 3, height, width], got {tuple(pixel_values.shape)}.")
         features = self.stem(pixel_values.to(self.stem.conv.weight.dtype))
-        latents, rois = self.initial(len(pixel_values))
-        latents, all_rois, all_points = self.focusing(features, latents, rois)
+        latents, all_rois, all_points = self.focusing(features, *self.initial())
 
         tokens = latents
         if self.cls_token is not None:

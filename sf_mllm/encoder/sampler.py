@@ -121,10 +121,10 @@ class InitialLatents(nn.Module):
         self.embedding = nn.Parameter(torch.empty(1 if shared_embedding else num_latents, width))
         self.rois = nn.Parameter(torch.empty(num_latents, 4))
 
-    def forward(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Return tokens [B, N, D] and RoIs [B, N, 4] (fp32)."""
-        latents = self.embedding.expand(len(self.rois), -1).repeat(batch_size, 1, 1)
-        return latents, self.rois.float().repeat(batch_size, 1, 1)
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return tokens [1, N, D] and RoIs [1, N, 4] (fp32): they are the same for all images."""
+        copies = len(self.rois) // len(self.embedding)
+        return self.embedding.repeat(1, copies, 1), self.rois.float().repeat(1, 1, 1)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]  # torch's own signature
         # `model.to(torch.bfloat16)` must not round the RoIs: eight bits are a quarter of a feature pixel.

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sf_mllm.ops.implementations import REFERENCE, choose
-from sf_mllm.ops.sampling import check_points, sample_points
+from sf_mllm.ops.sampling import prepare_points, sample_points
 
 
 def split_matrices(parameters: Tensor, channels: int, num_points: int) -> tuple[Tensor, Tensor]:
@@ -36,8 +36,9 @@ def sample_and_mix(
 
     Args:
         feature_map: [B, C, H, W], any floating dtype.
-        points_rel: [B, N, P, 2], fp32, see `sample_points`.
-        parameters: [B, N, C * C + Q * P], the channel matrix M and the point matrix S, see `split_matrices`.
+        points_rel: [B, N, P, 2], fp32, see `sample_points`; [1, N, P, 2] if all images share them.
+        parameters: [B, N, C * C + Q * P], the channel matrix M and the point matrix S, see `split_matrices`;
+            [1, N, C * C + Q * P] if all images share them.
         padding_mode: "zeros" or "border", see `sample_points`.
         implementation: a name of `MIXING_IMPLEMENTATIONS`.
 
@@ -49,8 +50,13 @@ def sample_and_mix(
 
     Source: arXiv 2312.01987; official adaptive_mixing without biases.
     """
-    check_points(feature_map, points_rel)
-    return choose(MIXING_IMPLEMENTATIONS, implementation)(feature_map, points_rel.float(), parameters, padding_mode)
+    points = prepare_points(feature_map, points_rel)
+    if len(parameters) not in (1, len(feature_map)):
+        raise ValueError(
+            f"Parameters must be [B, N, C * C + Q * P] with the batch size of the feature map or 1, "
+            f"got parameters {tuple(parameters.shape)} and features {tuple(feature_map.shape)}."
+        )
+    return choose(MIXING_IMPLEMENTATIONS, implementation)(feature_map, points, parameters, padding_mode)
 
 
 def _sample_and_mix_by_products(feature_map: Tensor, points: Tensor, parameters: Tensor, padding_mode: str) -> Tensor:
@@ -64,4 +70,4 @@ MIXING_IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, str], Tensor
     REFERENCE: _sample_and_mix_by_products
 }
 """Functions of the feature map [B, C, H, W], the points [B, N, P, 2], fp32, the parameters and the padding mode; by
-name. `sf_mllm.ops.kernels` loads further ones."""
+name. The batch size of the parameters may be 1. `sf_mllm.ops.kernels` loads further ones."""

@@ -24,18 +24,21 @@ _LARGEST_BLOCK = 128
 def _mix(
     features, points, parameters, token, tokens_per_image, point, output, channel,
     height, width, stride_image, stride_channel, stride_row, stride_column,
-    POINTS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, BORDER: tl.constexpr,
+    POINTS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, BORDER: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Return X, X M, S (X M), fp32, and both matrices, M and S, with where they lie and what of a block there is."""
-    start = token * (CHANNELS * CHANNELS + OUTPUTS * POINTS)
+    """Return X, X M, S (X M), fp32, and both matrices, M and S, with their places and what of a block there is.
+
+    Places are in the parameters of a token. With SHARED those of the first image are read for all.
+    """
+    source = parameters + (token % tokens_per_image if SHARED else token) * (CHANNELS * CHANNELS + OUTPUTS * POINTS)
     row = tl.arange(0, BLOCK_CHANNELS)
-    channel_place = start + row[:, None] * CHANNELS + channel[None, :]
+    channel_place = row[:, None] * CHANNELS + channel[None, :]
     is_channel = (row < CHANNELS)[:, None] & (channel < CHANNELS)[None, :]
-    channel_matrix = tl.load(parameters + channel_place, mask=is_channel, other=0.0)
-    point_place = start + CHANNELS * CHANNELS + output[:, None] * POINTS + point[None, :]
+    channel_matrix = tl.load(source + channel_place, mask=is_channel, other=0.0)
+    point_place = CHANNELS * CHANNELS + output[:, None] * POINTS + point[None, :]
     is_point = (output < OUTPUTS)[:, None] & (point < POINTS)[None, :]
-    point_matrix = tl.load(parameters + point_place, mask=is_point, other=0.0)
+    point_matrix = tl.load(source + point_place, mask=is_point, other=0.0)
     left, top, x_share, y_share, _x_moves, _y_moves = locate_points(
         points, token * POINTS + point, point < POINTS, height, width, BORDER
     )
@@ -52,7 +55,7 @@ def _mix(
 def _mix_kernel(
     features, points, parameters, mixed,
     tokens_per_image, height, width, stride_image, stride_channel, stride_row, stride_column,
-    POINTS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, BORDER: tl.constexpr,
+    POINTS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, BORDER: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_POINTS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -61,7 +64,7 @@ def _mix_kernel(
     _, _, total, _, _, _, _, _, _ = _mix(
         features, points, parameters, token, tokens_per_image, point, output, channel,
         height, width, stride_image, stride_channel, stride_row, stride_column,
-        POINTS, OUTPUTS, CHANNELS, BORDER, BLOCK_CHANNELS,
+        POINTS, OUTPUTS, CHANNELS, BORDER, SHARED, BLOCK_CHANNELS,
     )  # fmt: skip
     result = 0.5 * total * (1 + tl.erf(total * 0.7071067811865476))
     tl.store(
@@ -75,7 +78,7 @@ def _mix_kernel(
 def _mix_backward_kernel(
     features, points, parameters, mixed_grad, features_grad, points_grad, parameters_grad,
     tokens_per_image, height, width, stride_image, stride_channel, stride_row, stride_column,
-    POINTS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, BORDER: tl.constexpr,
+    POINTS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, BORDER: tl.constexpr, SHARED: tl.constexpr,
     WITH_FEATURES: tl.constexpr,
     BLOCK_POINTS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +88,7 @@ def _mix_backward_kernel(
     sampled, product, total, channel_matrix, channel_place, is_channel, point_matrix, point_place, is_point = _mix(
         features, points, parameters, token, tokens_per_image, point, output, channel,
         height, width, stride_image, stride_channel, stride_row, stride_column,
-        POINTS, OUTPUTS, CHANNELS, BORDER, BLOCK_CHANNELS,
+        POINTS, OUTPUTS, CHANNELS, BORDER, SHARED, BLOCK_CHANNELS,
     )  # fmt: skip
     grad = tl.load(
         mixed_grad + token * (OUTPUTS * CHANNELS) + output[:, None] * CHANNELS + channel[None, :],
@@ -95,11 +98,12 @@ def _mix_backward_kernel(
     below = 0.5 * (1 + tl.erf(total * 0.7071067811865476))
     density = 0.3989422804014327 * tl.exp(-0.5 * total * total)
     total_grad = (grad * (below + total * density)).to(channel_matrix.dtype)
+    target = parameters_grad + token * (CHANNELS * CHANNELS + OUTPUTS * POINTS)
     point_matrix_grad = tl.dot(total_grad, tl.trans(product), input_precision="ieee")
-    tl.store(parameters_grad + point_place, point_matrix_grad.to(parameters_grad.dtype.element_ty), mask=is_point)
+    tl.store(target + point_place, point_matrix_grad.to(parameters_grad.dtype.element_ty), mask=is_point)
     product_grad = tl.dot(tl.trans(point_matrix), total_grad, input_precision="ieee").to(channel_matrix.dtype)
     channel_matrix_grad = tl.dot(tl.trans(sampled), product_grad, input_precision="ieee")
-    tl.store(parameters_grad + channel_place, channel_matrix_grad.to(parameters_grad.dtype.element_ty), mask=is_channel)
+    tl.store(target + channel_place, channel_matrix_grad.to(parameters_grad.dtype.element_ty), mask=is_channel)
     sampled_grad = tl.dot(product_grad, tl.trans(channel_matrix), input_precision="ieee")
     # Made once more here: keeping the places through all products costs registers.
     index = token * POINTS + point
@@ -119,14 +123,14 @@ _IS_INTERPRETED = not isinstance(_mix_kernel, triton.JITFunction)
 
 @torch.library.custom_op("sf_mllm::sample_and_mix", mutates_args=())
 def _sample_and_mix(feature_map: Tensor, points: Tensor, parameters: Tensor, border: bool) -> Tensor:
-    """[B, C, H, W], [B, N, P, 2], fp32, and [B, N, C * C + Q * P] -> [B, N, Q, C] in the dtype of the parameters."""
+    """[B, C, H, W], [B, N, P, 2], fp32, and [B or 1, N, C * C + Q * P] -> [B, N, Q, C], dtype of the parameters."""
     points, parameters = points.contiguous(), parameters.contiguous()
     mixed = parameters.new_empty(_shape_of_result(feature_map, points, parameters))
     if mixed.numel():
         _mix_kernel[(mixed.shape[0] * mixed.shape[1],)](
             feature_map, points, parameters, mixed,
             points.shape[1], *feature_map.shape[2:], *feature_map.stride(),
-            BORDER=border, **_shape_of_programs(mixed, points),
+            BORDER=border, SHARED=len(parameters) == 1, **_shape_of_programs(mixed, points),
         )  # fmt: skip
     return mixed
 
@@ -140,17 +144,19 @@ def _(feature_map: Tensor, points: Tensor, parameters: Tensor, border: bool) -> 
 def _sample_and_mix_backward(
     feature_map: Tensor, points: Tensor, parameters: Tensor, mixed_grad: Tensor, border: bool, with_features: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gradients of features, channels last, fp32, empty unless wanted, of points and of parameters."""
+    """Return gradients of features, channels last, fp32, empty unless wanted, of points, of parameters by image."""
     points, parameters, mixed_grad = points.contiguous(), parameters.contiguous(), mixed_grad.contiguous()
     batch_size, channels, height, width = feature_map.shape
     shape = (batch_size, height, width, channels) if with_features else (0,)
     features_grad = torch.zeros(shape, dtype=torch.float32, device=points.device)
-    points_grad, parameters_grad = torch.empty_like(points), torch.empty_like(parameters)
+    points_grad = torch.empty_like(points)
+    parameters_grad = parameters.new_empty(batch_size, *parameters.shape[1:])
     if mixed_grad.numel():
         _mix_backward_kernel[(mixed_grad.shape[0] * mixed_grad.shape[1],)](
             feature_map, points, parameters, mixed_grad, features_grad, points_grad, parameters_grad,
             points.shape[1], height, width, *feature_map.stride(),
-            BORDER=border, WITH_FEATURES=with_features, **_shape_of_programs(mixed_grad, points),
+            BORDER=border, SHARED=len(parameters) == 1, WITH_FEATURES=with_features,
+            **_shape_of_programs(mixed_grad, points),
         )  # fmt: skip
     return features_grad, points_grad, parameters_grad
 
@@ -161,7 +167,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch_size, channels, height, width = feature_map.shape
     shape = (batch_size, height, width, channels) if with_features else (0,)
-    return points.new_empty(shape), points.new_empty(points.shape), parameters.new_empty(parameters.shape)
+    parameters_grad = parameters.new_empty(batch_size, *parameters.shape[1:])
+    return points.new_empty(shape), points.new_empty(points.shape), parameters_grad
 
 
 def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own signature
@@ -175,6 +182,8 @@ def _differentiate(ctx, mixed_grad):  # type: ignore[no-untyped-def]  # torch's 
     features_grad, points_grad, parameters_grad = _sample_and_mix_backward(
         feature_map, points, parameters, mixed_grad, ctx.border, with_features
     )
+    if len(parameters) == 1:
+        parameters_grad = parameters_grad.sum(0, keepdim=True)
     if not with_features:
         return None, points_grad, parameters_grad, None
     return features_grad.permute(0, 3, 1, 2).to(feature_map.dtype), points_grad, parameters_grad, None

@@ -18,7 +18,7 @@ def sample_points(
     Args:
         feature_map: [B, C, H, W], any floating dtype.
         points_rel: [B, N, P, 2], fp32, (x, y) relative to the image: 0 left/top edge, 1 right/bottom edge; may lie
-            outside.
+            outside. [1, N, P, 2] if all images share them.
         padding_mode: "zeros" or "border", as in `grid_sample`; decides values outside the image.
         implementation: a name of `SAMPLING_IMPLEMENTATIONS`.
 
@@ -29,21 +29,22 @@ def sample_points(
     Raises:
         ValueError: batch sizes differ, the last axis is not 2, or the implementation is not loaded.
     """
-    check_points(feature_map, points_rel)
-    return choose(SAMPLING_IMPLEMENTATIONS, implementation)(feature_map, points_rel.float(), padding_mode)
+    points = prepare_points(feature_map, points_rel)
+    return choose(SAMPLING_IMPLEMENTATIONS, implementation)(feature_map, points, padding_mode)
 
 
-def check_points(feature_map: Tensor, points_rel: Tensor) -> None:
-    """Check the shapes of a feature map and of the points in it.
+def prepare_points(feature_map: Tensor, points_rel: Tensor) -> Tensor:
+    """Return points in a feature map [B, C, H, W] as [B, N, P, 2], fp32; their batch size may have been 1.
 
     Raises:
         ValueError: batch sizes differ, or the last axis of the points is not 2.
     """
-    if points_rel.shape[-1] != 2 or points_rel.shape[0] != feature_map.shape[0]:
+    if points_rel.shape[-1] != 2 or len(points_rel) not in (1, len(feature_map)):
         raise ValueError(
-            f"Points must be [B, N, P, 2] with the batch size of the feature map, "
+            f"Points must be [B, N, P, 2] with the batch size of the feature map or 1, "
             f"got points {tuple(points_rel.shape)} and features {tuple(feature_map.shape)}."
         )
+    return points_rel.float().expand(len(feature_map), -1, -1, -1)
 
 
 def _sample_by_grid_sample(feature_map: Tensor, points: Tensor, padding_mode: str) -> Tensor:

@@ -90,6 +90,42 @@ def test_images_of_a_batch_do_not_mix() -> None:
 
 
 @pytest.mark.parametrize("family", ["bootstrapped", "v1"])
+def test_gradients_of_a_batch_are_the_sums_of_its_images(family: str) -> None:
+    """Also of what is computed once for all of them."""
+    model = tiny_model(family)
+    images = torch.randn(3, 3, 40, 24)
+
+    def gradients(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        output = model(batch)
+        (output.last_hidden_state.square().sum() + output.rois.square().sum()).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    together, alone = gradients(images), [gradients(image[None]) for image in images]
+    assert "initial.rois" in together and "initial.embedding" in together
+    for name, gradient in together.items():
+        expected = sum(each[name] for each in alone)
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(gradient, expected, atol=1e-5 * scale, rtol=1e-4, msg=lambda m, n=name: n + m)
+
+
+def test_what_all_images_share_is_computed_once() -> None:
+    """The first points, matrices and codes, which depend on no image: of the published cost of each further one."""
+    with torch.device("meta"):
+        model = SparseFormerModel(SparseFormerConfig.from_name("sparseformer_btsp_openai_clip_base")).eval()
+        block = model.focusing.narrow
+        flops = []
+        for batch_size in (1, 4):
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                output = model(torch.empty(batch_size, 3, 224, 224), output_sampling_points=True)
+            flops.append(counter.get_total_flops())
+    layers = (block.sampler.offsets, block.mixing.squeeze, block.mixing.generate, block.roi_code.linear)
+    shared = sum(2 * model.config.num_latents * layer.weight.numel() for layer in layers)
+    assert flops[1] == 4 * flops[0] - 3 * shared
+    assert len(output.rois) == 4 and all(len(points) == 4 for points in output.sampling_points)
+
+
+@pytest.mark.parametrize("family", ["bootstrapped", "v1"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_keeps_regions_in_fp32(family: str, dtype: torch.dtype) -> None:
     model = tiny_model(family)

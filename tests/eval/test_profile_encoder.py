@@ -71,13 +71,13 @@ def test_operations_are_those_that_pytorch_counts() -> None:
     assert work[MIXING].operations + work[ATTENTION].operations == counted["aten.bmm"]
     # Two layers of ten tokens, repeats of nine: queries times keys, then weights times values.
     assert work[ATTENTION].operations == 2 * 4 * 64 * (2 * 10**2 + SMALL.focusing_repeats * 9**2)
-    # What PyTorch counts besides are the coordinates' layers, which compute in float32.
+    # What PyTorch counts besides are the coordinates' layers, which compute in float32; the first points are shared.
     coordinates = sum(
-        2 * 2 * 9 * layer.weight.numel() * times
-        for layer, times in (
-            (model.focusing.narrow.sampler.offsets, SMALL.focusing_repeats),
-            (model.focusing.narrow.roi_adjustment.out, SMALL.focusing_repeats),
-            (model.focusing.wide.sampler.offsets, 1),
+        2 * 9 * layer.weight.numel() * images_of_calls
+        for layer, images_of_calls in (
+            (model.focusing.narrow.sampler.offsets, 2 * SMALL.focusing_repeats - 1),
+            (model.focusing.narrow.roi_adjustment.out, 2 * SMALL.focusing_repeats),
+            (model.focusing.wide.sampler.offsets, 2),
         )
     )
     assert work[PRODUCTS].operations == counted["aten.addmm"] + counted["aten.mm"] - coordinates
@@ -85,9 +85,10 @@ def test_operations_are_those_that_pytorch_counts() -> None:
 
 def test_bytes_grow_with_the_batch_and_weights_are_read_once() -> None:
     one, two = (work_of(SMALL, batch, (64, 64)) for batch in (1, 2))
-    for part in (ATTENTION, MIXING, STEM, NORMS, ACTIVATIONS):
+    for part in (ATTENTION, STEM, ACTIVATIONS):
         assert two[part].bytes == 2 * one[part].bytes > 0, part
-    assert one[PRODUCTS].bytes < two[PRODUCTS].bytes < 2 * one[PRODUCTS].bytes
+    for part in (PRODUCTS, MIXING, NORMS):  # some of it is shared by all images
+        assert one[part].bytes < two[part].bytes < 2 * one[part].bytes, part
     assert work_of(SMALL, 1, (64, 64), bytes_per_value=4)[NORMS].bytes == 2 * one[NORMS].bytes
 
 
@@ -129,4 +130,4 @@ def test_the_floors_that_the_readme_names() -> None:
     expected = {PRODUCTS: 7.5, NORMS: 1.3, ACTIVATIONS: 1.0, ATTENTION: 0.5, MIXING: 0.3, STEM: 0.06}
     for part, milliseconds in expected.items():
         assert floors[part] == pytest.approx(milliseconds, rel=0.12), part
-    assert sums == {"base": pytest.approx(3.2, abs=0.05), "large": pytest.approx(10.7, abs=0.06)}
+    assert sums == {"base": pytest.approx(3.1, abs=0.05), "large": pytest.approx(10.7, abs=0.06)}

@@ -25,6 +25,12 @@ def gradients(mix: Mixer, inputs: list[Tensor], factors: Tensor, **options: str)
     return [mixed, *torch.autograd.grad((mixed.float() * factors).sum(), leaves)]
 
 
+def mix_each(features: Tensor, points: Tensor, parameters: Tensor, **options: str) -> Tensor:
+    """PyTorch's, with points and parameters for each image, which may be the same ones."""
+    batch = len(features)
+    return sample_and_mix(features, points.expand(batch, -1, -1, -1), parameters.expand(batch, -1, -1), **options)
+
+
 def compare(implementation: str, device: str, mix_with: Mixer = sample_and_mix) -> int:
     """Compare values and gradients on every case with PyTorch's in higher precision; return how many there were."""
     generator = torch.Generator().manual_seed(0)
@@ -32,24 +38,28 @@ def compare(implementation: str, device: str, mix_with: Mixer = sample_and_mix) 
     if device != "cpu":  # Triton's interpreter multiplies the bits of bfloat16 as if they were whole numbers
         dtypes.append(torch.bfloat16)
     count = 0
-    for size, dtype, padding_mode in product(SIZES, dtypes, ("border", "zeros")):
+    for size, dtype, padding_mode, shared in product(SIZES, dtypes, ("border", "zeros"), (True, False)):
+        if shared and size[0] == 1:
+            continue
         batch, channels, height, width, tokens, points, outputs = size
         features = torch.randn(batch, channels, height, width, generator=generator).to(device, dtype)
         places = (torch.rand(batch, tokens, points, 2, generator=generator) * 2 - 0.5).to(device)  # half outside
         places[:, :, 0] = torch.tensor([1e9, -1e9])
         parameters = torch.randn(batch, tokens, channels**2 + outputs * points, generator=generator)
         parameters = (parameters / channels**0.5).to(device, dtype)
+        if shared:  # one image's, for all
+            places, parameters = places[:1], parameters[:1]
         factors = torch.randn(batch, tokens, outputs, channels, generator=generator).to(device)
         tolerance = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
         exact = [features.double(), places, parameters.double()]
-        expected = gradients(sample_and_mix, exact, factors, padding_mode=padding_mode)
+        expected = gradients(mix_each, exact, factors, padding_mode=padding_mode)
         for laid_out in (features, features.contiguous(memory_format=torch.channels_last)):
             torch._dynamo.reset()  # if it is compiled, then for each case anew
             options = {"padding_mode": padding_mode, "implementation": implementation}
             ours = gradients(mix_with, [laid_out, places, parameters], factors, **options)
             assert ours[0].dtype == dtype
             for name, a, b in zip(("values", "features", "points", "parameters"), ours, expected, strict=True):
-                note = f"{name} of {size}, {dtype}, {padding_mode}, strides {laid_out.stride()}: "
+                note = f"{name} of {size}, {dtype}, {padding_mode}, shared: {shared}, strides {laid_out.stride()}: "
                 scale = b.abs().max().clamp(min=1)
                 torch.testing.assert_close(
                     a.double() / scale, b.double() / scale, atol=tolerance, rtol=tolerance, msg=lambda m, n=note: n + m
@@ -74,5 +84,6 @@ if __name__ == "__main__":
     shapes = ((2, 4, 5, 6), (2, 3, 4, 2), (2, 3, 16 + 8 * 4))
     inputs = [torch.rand(shape, device=sys.argv[1], requires_grad=True) for shape in shapes]
     torch.library.opcheck(torch.ops.sf_mllm.sample_and_mix.default, (*inputs, True))
+    torch.library.opcheck(torch.ops.sf_mllm.sample_and_mix.default, (*inputs[:2], inputs[2][:1], True))
     traced = torch.compile(sample_and_mix, backend="aot_eager", fullgraph=True)
     print(f"{compare('triton', sys.argv[1], traced)} traced cases agree")

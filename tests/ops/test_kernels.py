@@ -60,7 +60,7 @@ def make_model() -> SparseFormerModel:
     [
         ("sampling_cases", 72),
         ("pooling_cases", 10),
-        ("mixing_cases", 16),
+        ("mixing_cases", 24),
         ("attention_cases", 14),
         ("convolution_cases", 8),
         ("linear_activation_cases", 12),
@@ -145,7 +145,7 @@ ON_A_GPU = pytest.mark.parametrize(
         pytest.param(convolution_cases, convolve, 12, id="convolution"),
         pytest.param(linear_activation_cases, linear_activation, 24, id="linear_activation"),
         pytest.param(sampling_cases, sample_points, 72, id="sampling"),
-        pytest.param(mixing_cases, sample_and_mix, 24, id="mixing"),
+        pytest.param(mixing_cases, sample_and_mix, 36, id="mixing"),
     ],
 )
 
