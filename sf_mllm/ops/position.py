@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 HIGHEST_FREQUENCY = 128.0
+OCTAVES = math.log2(HIGHEST_FREQUENCY)
+"""From the lowest frequency, 1, to the highest."""
 
 
 def encode_rois(rois: Tensor, width: int) -> Tensor:
@@ -25,8 +27,10 @@ def encode_rois(rois: Tensor, width: int) -> Tensor:
     Source: arXiv 2312.01987; positional encoding of the official code.
     """
     num_frequencies = width // 4
-    exponents = torch.linspace(0.0, 1.0, num_frequencies, device=rois.device, dtype=torch.float32)
-    frequencies = math.pi * HIGHEST_FREQUENCY**exponents  # [K]
+    # As powers of 2, which GPUs have in hardware: a compiler has them computed for each sine anew. Counted from the
+    # highest one, whose rounding weighs most.
+    octaves = torch.linspace(-OCTAVES, 0.0, num_frequencies, device=rois.device, dtype=torch.float32)
+    frequencies = math.pi * HIGHEST_FREQUENCY * torch.exp2(octaves)  # [K]
     angles = rois.detach().float()[..., None] * frequencies  # [..., 4, K]
     code = torch.cat([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1)
     return code.flatten(-2)
