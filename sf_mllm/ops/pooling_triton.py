@@ -1,8 +1,8 @@
 """The stem's pooling and norm by Triton kernels; made known by being imported.
 
-The way forward notes in a byte which of nine pixels was the largest, and the way back needs that, the result and one
-number a pixel in place of the convolution's result, the largest tensor of the encoder. There each pixel collects from
-the four windows that it can lie in, so that nothing is added up by atomics.
+Where there will be a way back, the way forward notes in a byte which of nine pixels was the largest; the way back needs
+that, the result and one number a pixel in place of the convolution's result, the largest tensor of the encoder. There
+each pixel collects from the four windows that it can lie in, so that nothing is added up by atomics.
 """
 
 import torch
@@ -23,6 +23,7 @@ _LARGEST_NUM_CHANNELS = 128
 def _pool_kernel(
     features, result, largest, deviations, num_results, height, width, result_height, result_width,
     CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_PIXELS: tl.constexpr, EPS: tl.constexpr,
+    NOTES: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     channel = tl.arange(0, BLOCK_CHANNELS)
@@ -40,9 +41,12 @@ def _pool_kernel(
         value = tl.load(
             features + start[:, None] * CHANNELS + channel[None, :], mask=mask & exists[:, None], other=float("-inf")
         ).to(tl.float32)
-        is_larger = (value > best) | (value != value)
-        best = tl.where(is_larger, value, best)
-        which = tl.where(is_larger, step, which)
+        if NOTES:
+            is_larger = (value > best) | (value != value)
+            best = tl.where(is_larger, value, best)
+            which = tl.where(is_larger, step, which)
+        else:
+            best = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
     is_positive = best > 0
     best = tl.where(mask & (is_positive | (best != best)), best, 0.0)  # NaN stays
     mean = tl.sum(best, axis=1) / CHANNELS
@@ -50,8 +54,9 @@ def _pool_kernel(
     deviation = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / CHANNELS + EPS)
     where = index[:, None] * CHANNELS + channel[None, :]
     tl.store(result + where, (centred * deviation[:, None]).to(result.dtype.element_ty), mask=mask)
-    tl.store(largest + where, tl.where(is_positive, which, 9).to(tl.uint8), mask=mask)  # 9: no gradient
-    tl.store(deviations + index, deviation, mask=is_result)
+    if NOTES:
+        tl.store(largest + where, tl.where(is_positive, which, 9).to(tl.uint8), mask=mask)  # 9: no gradient
+        tl.store(deviations + index, deviation, mask=is_result)
 
 
 @triton.jit
@@ -110,31 +115,37 @@ _IS_INTERPRETED = not isinstance(_pool_kernel, triton.JITFunction)
 
 
 @torch.library.custom_op("sf_mllm::pool_and_normalise", mutates_args=())
-def _pool_and_normalise(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, C, H, W] -> the result, which pixel was the largest, 1 / deviation [B, H', W'] in fp32; channels last."""
+def _pool_and_normalise(features: Tensor, notes: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, C, H, W] -> the result, which pixel was the largest, 1 / deviation [B, H', W'] in fp32; channels last.
+
+    Without notes the last two are empty, and there are no gradients.
+    """
     features = features.contiguous(memory_format=torch.channels_last)
-    result, largest, deviations = _empty_results(features)
+    result, largest, deviations = _empty_results(features, notes)
     if result.numel():
-        _pool_kernel[_num_programs(deviations)](
-            features, result, largest, deviations, deviations.numel(), *features.shape[2:], *result.shape[2:],
-            EPS=POOL_EPS, **_shape_of_programs(features),
+        num_results = result[:, 0].numel()
+        _pool_kernel[_num_programs(num_results)](
+            features, result, largest, deviations, num_results, *features.shape[2:], *result.shape[2:],
+            EPS=POOL_EPS, NOTES=notes, **_shape_of_programs(features),
         )  # fmt: skip
     return result, largest, deviations
 
 
 @_pool_and_normalise.register_fake
-def _(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_results(features)
+def _(features: Tensor, notes: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_results(features, notes)
 
 
-def _empty_results(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_results(features: Tensor, notes: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch_size, channels, height, width = features.shape
     shape = (batch_size, channels, (height - 1) // POOL_STRIDE + 1, (width - 1) // POOL_STRIDE + 1)
+
+    noted = shape if notes else (0, *shape[1:])
     result, largest = (
-        torch.empty(shape, dtype=dtype, device=features.device, memory_format=torch.channels_last)
-        for dtype in (features.dtype, torch.uint8)
+        torch.empty(size, dtype=dtype, device=features.device, memory_format=torch.channels_last)
+        for size, dtype in ((shape, features.dtype), (noted, torch.uint8))
     )
-    return result, largest, features.new_empty((batch_size, *shape[2:]), dtype=torch.float32)
+    return result, largest, features.new_empty((noted[0], *shape[2:]), dtype=torch.float32)
 
 
 @torch.library.custom_op("sf_mllm::pool_and_normalise_backward", mutates_args=())
@@ -146,7 +157,7 @@ def _pool_and_normalise_backward(
     features_grad = _empty_features(result, height, width)
     if features_grad.numel():
         pooled_grad, shape = torch.empty_like(result), _shape_of_programs(result)
-        _unnormalise_kernel[_num_programs(deviations)](
+        _unnormalise_kernel[_num_programs(deviations.numel())](
             result_grad, result, deviations, pooled_grad, deviations.numel(), **shape
         )
         num_pixels = len(result) * height * width
@@ -167,7 +178,8 @@ def _empty_features(result: Tensor, height: int, width: int) -> Tensor:
 
 
 def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own signature
-    (features,) = inputs
+    features, notes = inputs
+    assert notes, "asked for gradients of what nothing was noted of"
     result, largest, deviations = output
     ctx.save_for_backward(result, largest, deviations)
     ctx.size = features.shape[2:]
@@ -175,14 +187,14 @@ def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # t
 
 
 def _differentiate(ctx, result_grad, _largest_grad, _deviations_grad):  # type: ignore[no-untyped-def]
-    return _pool_and_normalise_backward(result_grad, *ctx.saved_tensors, *ctx.size)
+    return _pool_and_normalise_backward(result_grad, *ctx.saved_tensors, *ctx.size), None
 
 
 _pool_and_normalise.register_autograd(_differentiate, setup_context=_remember)
 
 
-def _num_programs(deviations: Tensor) -> tuple[int]:
-    return (triton.cdiv(deviations.numel(), _BLOCK_PIXELS),)
+def _num_programs(num_results: int) -> tuple[int]:
+    return (triton.cdiv(num_results, _BLOCK_PIXELS),)
 
 
 def _shape_of_programs(features: Tensor) -> dict[str, int]:
@@ -195,7 +207,7 @@ def _pool_by_triton(features: Tensor) -> Tensor:
     require_cuda(features, is_interpreted=_IS_INTERPRETED)
     if features.shape[1] > _LARGEST_NUM_CHANNELS or features.dtype == torch.float64:
         return POOLING_IMPLEMENTATIONS[REFERENCE](features)
-    return _pool_and_normalise(features)[0]
+    return _pool_and_normalise(features, torch.is_grad_enabled() and features.requires_grad)[0]
 
 
 assert (POOL_WINDOW, POOL_STRIDE, POOL_PADDING) == (3, 2, 1), "what the kernels are written for"

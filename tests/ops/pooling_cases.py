@@ -45,6 +45,7 @@ def compare(implementation: str, device: str, pool_with: Pool = pool_and_normali
         for laid_out in (features, features.contiguous(memory_format=torch.channels_last), gaps):
             torch._dynamo.reset()  # if it is compiled, then for each case anew
             ours = gradients(pool_with, laid_out, factors, implementation)
+            assert torch.equal(pool_with(laid_out, implementation), ours[0])  # nothing noted for gradients
             for name, a, b in zip(("values", "gradients"), ours, expected, strict=True):
                 note = f"{name} of {size}, {dtype}, strides {laid_out.stride()}: "
                 assert a.dtype == dtype and a.shape == b.shape
@@ -53,7 +54,11 @@ def compare(implementation: str, device: str, pool_with: Pool = pool_and_normali
                     a.double() / scale, b / scale, atol=tolerance, rtol=tolerance, msg=lambda m, n=note: n + m
                 )
         count += 1
-    assert pool_with(torch.full((1, 4, 3, 3), torch.nan, device=device), implementation).isnan().all()
+    holes = torch.randn(2, 8, 9, 9, generator=generator).to(device)
+    holes[0, 3, 4, 5] = holes[1, :, 0, 0] = torch.nan
+    with_gradients = pool_with(holes.clone().requires_grad_(), implementation)
+    for pooled in (pool_with(holes, implementation), with_gradients):
+        assert torch.equal(pooled.isnan(), pool_and_normalise(holes).isnan()) and 0 < pooled.isnan().sum() < 32 + 9
     assert pool_with(features[:0], implementation).shape == (0, *shape[1:])
     return count
 
@@ -63,7 +68,11 @@ if __name__ == "__main__":
     print(f"{compare('triton', sys.argv[1])} cases agree")
     # The operation tells the compiler the truth about shapes, side effects and gradients.
     torch.library.opcheck(
-        torch.ops.sf_mllm.pool_and_normalise.default, (torch.rand(2, 5, 4, 7, device=sys.argv[1], requires_grad=True),)
+        torch.ops.sf_mllm.pool_and_normalise.default,
+        (torch.rand(2, 5, 4, 7, device=sys.argv[1], requires_grad=True), True),
+    )
+    torch.library.opcheck(
+        torch.ops.sf_mllm.pool_and_normalise.default, (torch.rand(2, 5, 4, 7, device=sys.argv[1]), False)
     )
     traced = torch.compile(pool_and_normalise, backend="aot_eager", fullgraph=True)
     print(f"{compare('triton', sys.argv[1], traced)} traced cases agree")
