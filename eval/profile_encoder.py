@@ -46,7 +46,8 @@ PARTS = (PRODUCTS, ATTENTION, MIXING, STEM, NORMS, ACTIVATIONS, OTHERS)
 
 _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (OTHERS, ("memset", "memcpy", "f32f32_f32f32", "_sin_", "_cos_")),  # coordinates are in float32
-    (STEM, ("_convolve_kernel", "_pool_kernel", "convolution", "max_pool2d", "fprop_optimized", "nhwcaddpadding")),
+    (STEM, ("_stem_kernel", "_repack_kernel", "_convolve_kernel", "_pool_kernel")),
+    (STEM, ("convolution", "max_pool2d", "fprop_optimized", "nhwcaddpadding")),
     (ATTENTION, ("_attend_kernel", "sdpa", "flash", "fmha")),
     (MIXING, ("_mix_kernel", "_sample_kernel", "grid_sampler")),
     (PRODUCTS, ("_linear_activation_kernel", "nvjet", "gemm", "cutlass", "cublas", "splitk")),

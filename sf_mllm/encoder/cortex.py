@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sf_mllm.encoder.layers import is_plain
 from sf_mllm.ops.attention import attend
 from sf_mllm.ops.implementations import REFERENCE
 from sf_mllm.ops.linear_activation import linear_activation
@@ -66,18 +67,9 @@ class MLP(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Transform each token of [B, T, D] by itself."""
-        if self.kernels == REFERENCE or not _is_plain(self.fc1):
+        if self.kernels == REFERENCE or not is_plain(self.fc1, nn.Linear):
             return self.fc2(self.act(self.fc1(tokens)))
         return self.fc2(linear_activation(tokens, self.fc1.weight, self.fc1.bias, self.activation, self.kernels))
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer does nothing but multiply and add: it is not quantised, spread over devices or looked at."""
-    return (
-        type(layer) is nn.Linear
-        and type(layer.weight) in (nn.Parameter, Tensor)
-        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
-    )
 
 
 class CortexBlock(GradientCheckpointingLayer):

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from sf_mllm.encoder.cortex import MLP
+from sf_mllm.ops.float8 import LARGEST, multiply, multiply_and_activate, quantise
+
 MARGIN = 8.0
 """By how much an input may exceed the largest one of the calibration. What exceeds it is cut off, which spoils the
 result soon; room costs nothing, since e4m3 rounds relative to a value down to the 28,672th part of its largest one:
 the errors of the demo encoder and of a random one were the same with margins from 1 to 256. 256 other drawings exceeded
 the largest inputs for one drawing 2.4 times, and those for 32 drawings 1.2 times."""
-_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 _SIZE_MULTIPLE = 16
 _IMAGES_AT_ONCE = 16
 
@@ -58,16 +60,8 @@ class Float8Linear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features], rounded to bf16, in the dtype of the input."""
-        product = torch._scaled_mm(
-            quantise(inputs, self.input_scale).reshape(-1, self.in_features),
-            self.weight.t(),
-            scale_a=self.input_scale,
-            scale_b=self.weight_scale,
-            bias=self.bias,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
-        return product.reshape(*inputs.shape[:-1], self.out_features).to(inputs.dtype)
+        quantised = quantise(inputs, self.input_scale)
+        return multiply(quantised, self.weight, self.bias, self.input_scale, self.weight_scale).to(inputs.dtype)
 
     def extra_repr(self) -> str:
         """Sizes, as those of `nn.Linear`."""
@@ -84,10 +78,40 @@ class Float8Linear(nn.Module):
         return self
 
 
-def quantise(values: Tensor, scale: Tensor) -> Tensor:
-    """Divide by a scale and round to e4m3; what is too large is cut off, and NaN stays NaN."""
-    # Left to itself PyTorch 2.11 makes NaN of what is too large, on a CPU, and 2.14 the largest value.
-    return (values.float() / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+class Float8MLP(MLP):
+    """The MLP of a transformer block for inference, both layers of which are `Float8Linear`.
+
+    With the kernels "triton" what is between them is never written in more than 8 bits.
+
+    Args:
+        mlp: whose parts are taken.
+    """
+
+    def __init__(self, mlp: MLP) -> None:
+        nn.Module.__init__(self)
+        self.kernels, self.activation = mlp.kernels, mlp.activation
+        self.fc1, self.act, self.fc2 = mlp.fc1, mlp.act, mlp.fc2
+
+    @staticmethod
+    def takes(mlp: MLP) -> bool:
+        """Whether both layers of an MLP are in float8."""
+        return isinstance(mlp.fc1, Float8Linear) and isinstance(mlp.fc2, Float8Linear)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Transform each token of [B, T, D] by itself."""
+        first, second = self.fc1, self.fc2
+        assert isinstance(first, Float8Linear) and isinstance(second, Float8Linear)
+        hidden = multiply_and_activate(
+            quantise(tokens, first.input_scale),
+            first.weight,
+            first.bias,
+            first.input_scale,
+            first.weight_scale,
+            self.activation,
+            second.input_scale,
+            self.kernels,
+        )
+        return multiply(hidden, second.weight, second.bias, second.input_scale, second.weight_scale).to(tokens.dtype)
 
 
 @torch.no_grad()
@@ -130,5 +154,5 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) 
 
 def _scale_for(largest: Tensor) -> Tensor:
     """Return what a 1 stands for if this, 0-d, is to be the largest value of e4m3; where all is 0, any will do."""
-    scale = largest.float() / _LARGEST
+    scale = largest.float() / LARGEST
     return torch.where(scale > 0, scale, 1.0)

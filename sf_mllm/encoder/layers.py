@@ -1,9 +1,24 @@
-"""Linear layers and norms that differ from PyTorch's only in how they start."""
+"""Linear layers and norms that differ from PyTorch's only in how they start, and which layers kernels may replace."""
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
+
+
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer does only what its class does: it is not quantised, wrapped, spread over devices or looked at.
+
+    Args:
+        layer: with a weight.
+        kind: its class; those derived from it do something else.
+    """
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return (
+        type(layer) is kind
+        and type(layer.weight) in (nn.Parameter, Tensor)
+        and not (any(hooks) or "forward" in vars(layer))
+    )
 
 
 class UnitLayerNorm(nn.LayerNorm):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sf_mllm.encoder.float8 import Float8Linear, measure_largest_inputs, replace_modules
+from sf_mllm.encoder.cortex import MLP
+from sf_mllm.encoder.float8 import Float8Linear, Float8MLP, measure_largest_inputs, replace_modules
 from sf_mllm.encoder.modeling_sparseformer import SparseFormerModel
 from sf_mllm.errors import InputError, first_line, nearest
 
@@ -37,6 +38,8 @@ def quantize_cortex(model: SparseFormerModel, name: str, calibration: Tensor | N
     """
     layers = (module for module in model.cortex.modules() if isinstance(module, nn.Linear))
     quantize_layers(model, layers, name, calibration)
+    blocks = (module for module in model.cortex.modules() if isinstance(module, MLP))
+    replace_modules(model, {mlp: Float8MLP(mlp) for mlp in blocks if Float8MLP.takes(mlp)})
 
 
 def quantize_layers(

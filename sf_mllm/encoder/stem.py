@@ -2,9 +2,11 @@
 
 from torch import Tensor, nn
 
+from sf_mllm.encoder.layers import is_plain
 from sf_mllm.ops.convolution import PADDING, STRIDE, convolve
 from sf_mllm.ops.implementations import REFERENCE
 from sf_mllm.ops.pooling import pool_and_normalise
+from sf_mllm.ops.stem import apply_stem
 
 
 class StemConvolution(nn.Conv2d):
@@ -14,7 +16,7 @@ class StemConvolution(nn.Conv2d):
         channels: C, output channels.
 
     Attributes:
-        kernels: see `SparseFormerModel.set_kernels`; the pooling behind it goes by them, too.
+        kernels: see `SparseFormerModel.set_kernels`; the pooling behind it, or the whole stem, goes by them, too.
     """
 
     bias: nn.Parameter
@@ -41,4 +43,7 @@ class Stem(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to features [B, C, ceil(H/4), ceil(W/4)]."""
-        return pool_and_normalise(self.conv(pixel_values), self.conv.kernels)
+        conv = self.conv
+        if conv.kernels == REFERENCE or not is_plain(conv, StemConvolution):
+            return pool_and_normalise(conv(pixel_values), conv.kernels)
+        return apply_stem(pixel_values, conv.weight, conv.bias, conv.kernels)

@@ -9,7 +9,7 @@ from torch import Tensor
 from sf_mllm.errors import InputError, nearest
 from sf_mllm.ops.implementations import REFERENCE
 
-_OPERATIONS = ("convolution", "pooling", "sampling", "mixing", "attention", "linear_activation")
+_OPERATIONS = ("convolution", "pooling", "stem", "sampling", "mixing", "attention", "linear_activation")
 _MODULES = {"triton": tuple(f"sf_mllm.ops.{operation}_triton" for operation in _OPERATIONS)}
 """Modules that add an implementation when they are imported, by its name."""
 

@@ -1,4 +1,4 @@
-"""A linear layer and its activation by one Triton kernel, for many tokens in 16 bits; made known by being imported.
+"""A linear layer and its activation by one Triton kernel, for many tokens in 16 or 8 bits; known by being imported.
 
 Between the two PyTorch writes the product to memory and reads it again. Here the activation is applied to the sums
 while they are still on the chip, in fp32, and the bias with it. That saves more than the product loses to cuBLAS's
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sf_mllm.ops.float8 import FLOAT8_IMPLEMENTATIONS, LARGEST
 from sf_mllm.ops.implementations import REFERENCE
 from sf_mllm.ops.kernels import require_cuda
 from sf_mllm.ops.linear_activation import LINEAR_ACTIVATION_IMPLEMENTATIONS
@@ -22,10 +23,12 @@ _ACTIVATIONS = {"quick_gelu": 0, "gelu": 1, "gelu_pytorch_tanh": 2}
 """Those of the ViTs that a cortex comes from; others go to the reference."""
 _FEWEST_TILES = 396
 """Three for each multiprocessor of an H200, where it paid with 512 and more; with 288 it took longer than two steps."""
-_ROWS, _COLUMNS, _STEP = 128, 256, 64  # a tile of the result, and how far a program goes through the depth at once
+_ROWS, _COLUMNS = 128, 256  # a tile of the result
+_STEP = 128  # bytes that a program goes through the depth at once
 _SHARED_MEMORY = 214_040  # bytes that a program needs
 _GROUP = 8  # rows of tiles that are worked on together, whose inputs stay in the cache meanwhile
 _ALIGNMENT = 16  # bytes, of what a tensor descriptor tells of
+_LARGEST = tl.constexpr(LARGEST)
 
 
 @triton.jit
@@ -54,10 +57,13 @@ def _activate(values, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _linear_activation_kernel(
-    tokens, weight, bias, result, num_rows, num_columns,
+    tokens, weight, bias, scale, weight_scale, result_scale, result, num_rows, num_columns,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, ACTIVATION: tl.constexpr,
+    PROGRAMS: tl.constexpr, ACTIVATION: tl.constexpr, FLOAT8: tl.constexpr,
 ):  # fmt: skip
+    factor, result_factor = 1.0, 1.0
+    if FLOAT8:
+        factor, result_factor = tl.load(scale) * tl.load(weight_scale), 1 / tl.load(result_scale)
     down, across = tl.cdiv(num_rows, ROWS), tl.cdiv(num_columns, COLUMNS)
     for tile in tl.range(tl.program_id(0), down * across, PROGRAMS, flatten=True):
         first = tile // (GROUP * across) * GROUP
@@ -68,8 +74,13 @@ def _linear_activation_kernel(
         for depth in range(0, DEPTH, STEP):
             sums = tl.dot(tokens.load([row, depth]), weight.load([column, depth]).T, sums)
         place = column + tl.arange(0, COLUMNS)
-        sums += tl.load(bias + place, mask=place < num_columns, other=0.0).to(tl.float32)[None, :]
-        result.store([row, column], _activate(sums, ACTIVATION).to(bias.dtype.element_ty))
+        added = tl.load(bias + place, mask=place < num_columns, other=0.0).to(tl.float32)[None, :]
+        if FLOAT8:
+            values = _activate(sums * factor + added, ACTIVATION) * result_factor
+            values = tl.clamp(values, -_LARGEST, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
+            result.store([row, column], values.to(tl.float8e4nv))
+        else:
+            result.store([row, column], _activate(sums + added, ACTIVATION).to(bias.dtype.element_ty))
 
 
 _IS_INTERPRETED = not isinstance(_linear_activation_kernel, triton.JITFunction)
@@ -79,34 +90,55 @@ _IS_INTERPRETED = not isinstance(_linear_activation_kernel, triton.JITFunction)
 @torch.library.custom_op("sf_mllm::linear_activation", mutates_args=())
 def _linear_activation(tokens: Tensor, weight: Tensor, bias: Tensor, activation: int) -> Tensor:
     """[..., D] -> [..., H]."""
-    rows, weight, bias = tokens.reshape(-1, tokens.shape[-1]).contiguous(), weight.contiguous(), bias.contiguous()
-    result = tokens.new_empty(*tokens.shape[:-1], weight.shape[0])
-    if result.numel():
-        flat = result.view(-1, len(weight))
-        tiles = triton.cdiv(flat.shape[0], _ROWS) * triton.cdiv(flat.shape[1], _COLUMNS)
-        programs = min(_num_programs(tokens.device), tiles)
-        _linear_activation_kernel[(programs,)](
-            TensorDescriptor.from_tensor(rows, [_ROWS, _STEP]),
-            TensorDescriptor.from_tensor(weight, [_COLUMNS, _STEP]),
-            bias,
-            TensorDescriptor.from_tensor(flat, [_ROWS, _COLUMNS]),
-            *flat.shape,
-            DEPTH=rows.shape[1],
-            ROWS=_ROWS,
-            COLUMNS=_COLUMNS,
-            STEP=_STEP,
-            GROUP=_GROUP,
-            PROGRAMS=programs,
-            ACTIVATION=activation,
-            num_warps=8,
-            num_stages=3,
-        )
-    return result
+    return _multiply(tokens, weight, bias, [], activation)
 
 
 @_linear_activation.register_fake
 def _(tokens: Tensor, weight: Tensor, bias: Tensor, activation: int) -> Tensor:
     return tokens.new_empty(*tokens.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("sf_mllm::float8_linear_activation", mutates_args=())
+def _float8_linear_activation(
+    tokens: Tensor, weight: Tensor, bias: Tensor, scales: list[Tensor], activation: int
+) -> Tensor:
+    """[..., D] -> [..., H], both e4m3. The scales are those of the tokens, of the weight and of the result."""
+    return _multiply(tokens, weight, bias, scales, activation)
+
+
+@_float8_linear_activation.register_fake
+def _(tokens: Tensor, weight: Tensor, bias: Tensor, scales: list[Tensor], activation: int) -> Tensor:
+    return tokens.new_empty(*tokens.shape[:-1], weight.shape[0])
+
+
+def _multiply(tokens: Tensor, weight: Tensor, bias: Tensor, scales: list[Tensor], activation: int) -> Tensor:
+    """What both operations do; 16 bits have no scales."""
+    rows, weight, bias = tokens.reshape(-1, tokens.shape[-1]).contiguous(), weight.contiguous(), bias.contiguous()
+    result = tokens.new_empty(*tokens.shape[:-1], weight.shape[0])
+    if result.numel():
+        step = _STEP // tokens.element_size()
+        flat = result.view(-1, len(weight))
+        tiles = triton.cdiv(flat.shape[0], _ROWS) * triton.cdiv(flat.shape[1], _COLUMNS)
+        programs = min(_num_programs(tokens.device), tiles)
+        _linear_activation_kernel[(programs,)](
+            TensorDescriptor.from_tensor(rows, [_ROWS, step]),
+            TensorDescriptor.from_tensor(weight, [_COLUMNS, step]),
+            bias,
+            *(scales or (None, None, None)),
+            TensorDescriptor.from_tensor(flat, [_ROWS, _COLUMNS]),
+            *flat.shape,
+            DEPTH=rows.shape[1],
+            ROWS=_ROWS,
+            COLUMNS=_COLUMNS,
+            STEP=step,
+            GROUP=_GROUP,
+            PROGRAMS=programs,
+            ACTIVATION=activation,
+            FLOAT8=bool(scales),
+            num_warps=8,
+            num_stages=3,
+        )
+    return result
 
 
 @functools.cache
@@ -125,21 +157,45 @@ def _has_room(device: torch.device) -> bool:
 
 
 def _by_triton(tokens: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-    require_cuda(tokens, is_interpreted=_IS_INTERPRETED)
     tensors = (tokens, weight, bias)
-    down, across = tokens.numel() // tokens.shape[-1] // _ROWS, weight.shape[0] // _COLUMNS  # whole ones
     can = (
-        down * across >= _FEWEST_TILES
-        and activation in _ACTIVATIONS
-        and _has_room(tokens.device)
+        _can(tokens, weight, activation)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and tokens.dtype in (torch.bfloat16, torch.float16)
         and all(tensor.dtype == tokens.dtype for tensor in tensors)
-        and all(size * tokens.element_size() % _ALIGNMENT == 0 for size in weight.shape)
     )
     if not can:
         return LINEAR_ACTIVATION_IMPLEMENTATIONS[REFERENCE](tokens, weight, bias, activation)
     return _linear_activation(tokens, weight, bias, _ACTIVATIONS[activation])
 
 
+def _by_triton_in_float8(
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor,
+    weight_scale: Tensor,
+    activation: str,
+    result_scale: Tensor,
+) -> Tensor:
+    if bias is None or not _can(inputs, weight, activation):
+        reference = FLOAT8_IMPLEMENTATIONS[REFERENCE]
+        return reference(inputs, weight, bias, input_scale, weight_scale, activation, result_scale)
+    scales = [input_scale, weight_scale, result_scale]
+    return _float8_linear_activation(inputs, weight, bias, scales, _ACTIVATIONS[activation])
+
+
+def _can(tokens: Tensor, weight: Tensor, activation: str) -> bool:
+    """Whether the kernel takes tensors of these sizes here, and pays."""
+    require_cuda(tokens, is_interpreted=_IS_INTERPRETED)
+    down, across = tokens.numel() // tokens.shape[-1] // _ROWS, weight.shape[0] // _COLUMNS  # whole ones
+    return (
+        down * across >= _FEWEST_TILES
+        and activation in _ACTIVATIONS
+        and _has_room(tokens.device)
+        and all(size * tokens.element_size() % _ALIGNMENT == 0 for size in weight.shape)
+    )
+
+
 LINEAR_ACTIVATION_IMPLEMENTATIONS["triton"] = _by_triton
+FLOAT8_IMPLEMENTATIONS["triton"] = _by_triton_in_float8

@@ -9,7 +9,7 @@ from torch import nn
 from sf_mllm import quantize_cortex
 from sf_mllm.bench.images import draw
 from sf_mllm.bench.sizes import ImageSize
-from sf_mllm.encoder.float8 import MARGIN, Float8Linear, measure_largest_inputs
+from sf_mllm.encoder.float8 import MARGIN, Float8Linear, Float8MLP, measure_largest_inputs
 from sf_mllm.encoder.quantization import quantize_layers
 from sf_mllm.errors import InputError
 from sf_mllm.training.instruct.parts import load_encoder
@@ -173,6 +173,23 @@ def test_the_demo_encoder_computes_what_it_does_in_bfloat16(on_a_cpu, images):
     assert 0 < relative_error(after.pooler_output, before.pooler_output) < 0.06
 
 
+def test_an_mlp_computes_what_its_layers_compute(on_a_cpu):
+    """Without a step in between in 16 bits where there is a kernel for that."""
+    model, pixels = tiny_model().bfloat16(), make_pixels()
+    quantize_cortex(model, "float8", calibration=pixels)
+    mlp = model.cortex[1].mlp
+    assert isinstance(mlp, Float8MLP) and mlp.kernels == "torch"
+    assert not isinstance(model.focusing.narrow.mlp, Float8MLP)
+    tokens = torch.randn(2, 5, mlp.fc1.in_features).bfloat16()
+    for given in (tokens, tokens.half(), tokens.float()):
+        expected = mlp.fc2(mlp.act(mlp.fc1(given).bfloat16())).to(given.dtype)
+        torch.testing.assert_close(run(mlp, given), expected, rtol=0, atol=0)
+    pytest.importorskip("triton")
+    for name in ("triton", "torch"):
+        model.set_kernels(name)
+        assert mlp.kernels == name
+
+
 def test_it_needs_no_other_package_and_is_one_graph_for_the_compiler(on_a_cpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     model, pixels = tiny_model().bfloat16(), make_pixels()
@@ -185,6 +202,7 @@ def test_layers_of_other_sizes_stay(on_a_cpu):
     model = tiny_model(intermediate_size=72).bfloat16()
     quantize_cortex(model, "float8", calibration=make_pixels())
     assert in_float8(model) == {f"cortex.{block}.attn.{name}" for block in range(2) for name in ("qkv", "proj")}
+    assert not any(isinstance(module, Float8MLP) for module in model.modules())
 
 
 def test_layers_that_are_only_read_stay(on_a_cpu):

@@ -48,6 +48,8 @@ SMALL = SparseFormerConfig(
         ("triton_per_fused_cat_cos_linspace_mul_native_layer_norm_pow_sin_slice_unsqueeze_view_12", OTHERS),
         ("triton_per_fused__to_copy__unsafe_view_add_div_max_pool2d_with_indices_mean_mul_native_layer_norm_0", STEM),
         ("_convolve_kernel", STEM),
+        ("_stem_kernel", STEM),
+        ("_repack_kernel", STEM),
         ("void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816fprop_optimized_bf16_256x64_32x4_nhwc>", STEM),
         ("_attend_kernel", ATTENTION),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x64_4x1x1_cga1x1x1", ATTENTION),

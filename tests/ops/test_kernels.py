@@ -16,18 +16,22 @@ from sf_mllm.errors import InputError
 from sf_mllm.ops import kernels as kernels_module
 from sf_mllm.ops.attention import ATTENTION_IMPLEMENTATIONS, attend
 from sf_mllm.ops.convolution import CONVOLUTION_IMPLEMENTATIONS, convolve
+from sf_mllm.ops.float8 import FLOAT8_IMPLEMENTATIONS, multiply_and_activate
 from sf_mllm.ops.kernels import KERNEL_NAMES, choose_kernels, load_kernels
 from sf_mllm.ops.linear_activation import LINEAR_ACTIVATION_IMPLEMENTATIONS, linear_activation
 from sf_mllm.ops.mixing import MIXING_IMPLEMENTATIONS, sample_and_mix
 from sf_mllm.ops.pooling import POOLING_IMPLEMENTATIONS, pool_and_normalise
 from sf_mllm.ops.sampling import SAMPLING_IMPLEMENTATIONS, sample_points
+from sf_mllm.ops.stem import STEM_IMPLEMENTATIONS, apply_stem
 from tests.ops import (
     attention_cases,
     convolution_cases,
+    float8_cases,
     linear_activation_cases,
     mixing_cases,
     pooling_cases,
     sampling_cases,
+    stem_cases,
 )
 
 pytest.importorskip("triton")
@@ -35,10 +39,12 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 IMPLEMENTATIONS = (
     CONVOLUTION_IMPLEMENTATIONS,
     POOLING_IMPLEMENTATIONS,
+    STEM_IMPLEMENTATIONS,
     SAMPLING_IMPLEMENTATIONS,
     MIXING_IMPLEMENTATIONS,
     ATTENTION_IMPLEMENTATIONS,
     LINEAR_ACTIVATION_IMPLEMENTATIONS,
+    FLOAT8_IMPLEMENTATIONS,
 )
 SMALL = {
     "num_latents": 9,
@@ -60,10 +66,12 @@ def make_model() -> SparseFormerModel:
     [
         ("sampling_cases", 72),
         ("pooling_cases", 10),
+        ("stem_cases", 6),
         ("mixing_cases", 24),
         ("attention_cases", 14),
         ("convolution_cases", 8),
         ("linear_activation_cases", 12),
+        ("float8_cases", 9),
     ],
 )
 def test_interpreted_kernels_agree_with_pytorch(cases: str, count: int) -> None:
@@ -86,6 +94,7 @@ def test_a_model_with_kernels_is_one_graph_for_the_compiler(
     model = make_model().to(dtype)
     model.set_kernels("triton")
     monkeypatch.setattr("sf_mllm.ops.linear_activation_triton._FEWEST_TILES", 0)
+    monkeypatch.setattr("sf_mllm.ops.stem_triton._FEWEST_PROGRAMS", 0)
     operations: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
@@ -101,7 +110,37 @@ def test_a_model_with_kernels_is_one_graph_for_the_compiler(
     assert output.last_hidden_state.shape == (2, 10, 64) and output.pooler_output.shape == (2, 16)
     fused = sum("linear_activation" in operation for operation in operations)
     assert fused == (0 if dtype == torch.float32 else 2 + 4)  # cortex blocks, steps of the focusing transformer
+    assert sum("apply_stem" in operation for operation in operations) == (dtype != torch.float32)
     torch._dynamo.reset()
+
+
+def test_a_convolution_that_is_looked_at_or_wrapped_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    stem, images, fused = make_model().stem, torch.rand(1, 3, 9, 8), []
+    expected = stem(images)
+
+    def fuse(*tensors: torch.Tensor) -> torch.Tensor:
+        fused.append(tensors)
+        return apply_stem(*tensors)
+
+    for known, implementation in ((STEM_IMPLEMENTATIONS, fuse), *((k, k["torch"]) for k in IMPLEMENTATIONS[:2])):
+        monkeypatch.setitem(known, "triton", implementation)
+    assert torch.equal(stem(images), expected) and not fused  # by the reference
+    stem.conv.kernels = "triton"
+    assert torch.equal(stem(images), expected) and len(fused) == 1
+    seen = []
+    hook = stem.conv.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert torch.equal(stem(images), expected) and len(seen) == 1
+    hook.remove()
+    forward = stem.conv.forward
+    stem.conv.forward = lambda pixels: seen.append(pixels) or forward(pixels)
+    assert torch.equal(stem(images), expected) and len(seen) == 2
+    del stem.conv.forward
+    hook = stem.conv.register_full_backward_hook(lambda module, *gradients: seen.append(gradients))
+    stem(images.requires_grad_()).sum().backward()
+    assert len(seen) == 3
+    hook.remove()
+    torch.nn.utils.parametrize.register_parametrization(stem.conv, "weight", torch.nn.Identity())
+    assert torch.equal(stem(images), expected) and len(fused) == 1
 
 
 def test_a_cpu_is_refused_in_plain_words() -> None:
@@ -141,9 +180,11 @@ ON_A_GPU = pytest.mark.parametrize(
     ("cases", "operation", "count"),
     [
         pytest.param(pooling_cases, pool_and_normalise, 15, id="pooling"),
+        pytest.param(stem_cases, apply_stem, 12, id="stem"),
         pytest.param(attention_cases, attend, 21, id="attention"),
         pytest.param(convolution_cases, convolve, 12, id="convolution"),
         pytest.param(linear_activation_cases, linear_activation, 24, id="linear_activation"),
+        pytest.param(float8_cases, multiply_and_activate, 9, id="float8"),
         pytest.param(sampling_cases, sample_points, 72, id="sampling"),
         pytest.param(mixing_cases, sample_and_mix, 36, id="mixing"),
     ],

@@ -15,6 +15,7 @@ from sf_mllm.ops import (  # noqa: E402
     mixing_triton,
     pooling_triton,
     sampling_triton,
+    stem_triton,
 )
 
 WHOLE = "i32"
@@ -31,6 +32,7 @@ SIZES = dict.fromkeys(
             "points_per_image",
         ),
         *("num_tokens", "tokens_per_image", "stride_image", "stride_channel", "stride_row", "stride_column"),
+        *("num_groups", "num_pairs", "padded_height", "padded_groups", "convolved_height", "convolved_width"),
     ],
     WHOLE,
 )
@@ -44,6 +46,7 @@ SAMPLING = {"CHANNELS": 64, "BORDER": True, "BLOCK_POINTS": 16, "BLOCK_CHANNELS"
 MIXING = {**SAMPLING, "POINTS": 16, "OUTPUTS": 32, "BLOCK_OUTPUTS": 32}
 CONVOLUTION = {"CHANNELS": 64, "BLOCK_CHANNELS": 64, "BLOCK_PIXELS": 128, "NUM_BLOCKS": 5, "BLOCK_TAPS": 32}
 POOLING = {"CHANNELS": 64, "BLOCK_CHANNELS": 64, "BLOCK_PIXELS": 16}
+STEM = {"CHANNELS": 64, "BLOCK_CHANNELS": 64, "BLOCK_PAIRS": 64, "ROWS": 7, "EPS": 1e-5}
 KERNELS = [
     (attention_triton, "_attend_kernel", ATTENTION),
     (attention_triton, "_attend_backward_kernel", ATTENTION),
@@ -55,6 +58,8 @@ KERNELS = [
     (pooling_triton, "_pool_kernel", {**POOLING, "EPS": 1e-5}),
     (pooling_triton, "_unnormalise_kernel", POOLING),
     (pooling_triton, "_unpool_kernel", POOLING),
+    (stem_triton, "_repack_kernel", {"BLOCK_GROUPS": 128}),
+    (stem_triton, "_stem_kernel", STEM),
 ]
 """With the constants of the large published encoder."""
 
