@@ -132,4 +132,4 @@ def test_the_floors_that_the_readme_names() -> None:
     expected = {PRODUCTS: 7.5, NORMS: 1.3, ACTIVATIONS: 1.0, ATTENTION: 0.5, MIXING: 0.3, STEM: 0.06}
     for part, milliseconds in expected.items():
         assert floors[part] == pytest.approx(milliseconds, rel=0.12), part
-    assert sums == {"base": pytest.approx(3.1, abs=0.05), "large": pytest.approx(10.7, abs=0.06)}
+    assert sums == {"base": pytest.approx(3.1, abs=0.05), "large": pytest.approx(10.6, abs=0.06)}
