@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from sf_mllm.encoder.cortex import MLP
-from sf_mllm.ops.float8 import LARGEST, multiply, multiply_and_activate, quantise
+from sf_mllm.ops.float8 import LARGEST, Float8Layer, multiply, multiply_and_activate, quantise
 
 MARGIN = 8.0
 """By how much an input may exceed the largest one of the calibration. What exceeds it is cut off, which spoils the
@@ -60,8 +60,11 @@ class Float8Linear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features], rounded to bf16, in the dtype of the input."""
-        quantised = quantise(inputs, self.input_scale)
-        return multiply(quantised, self.weight, self.bias, self.input_scale, self.weight_scale).to(inputs.dtype)
+        return multiply(quantise(inputs, self.input_scale), self.parts()).to(inputs.dtype)
+
+    def parts(self) -> Float8Layer:
+        """Return what it multiplies by and adds."""
+        return Float8Layer(self.weight, self.bias, self.input_scale, self.weight_scale)
 
     def extra_repr(self) -> str:
         """Sizes, as those of `nn.Linear`."""
@@ -101,17 +104,9 @@ class Float8MLP(MLP):
         """Transform each token of [B, T, D] by itself."""
         first, second = self.fc1, self.fc2
         assert isinstance(first, Float8Linear) and isinstance(second, Float8Linear)
-        hidden = multiply_and_activate(
-            quantise(tokens, first.input_scale),
-            first.weight,
-            first.bias,
-            first.input_scale,
-            first.weight_scale,
-            self.activation,
-            second.input_scale,
-            self.kernels,
-        )
-        return multiply(hidden, second.weight, second.bias, second.input_scale, second.weight_scale).to(tokens.dtype)
+        quantised = quantise(tokens, first.input_scale)
+        hidden = multiply_and_activate(quantised, first.parts(), self.activation, second.input_scale, self.kernels)
+        return multiply(hidden, second.parts()).to(tokens.dtype)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sf_mllm.ops.float8 import FLOAT8_IMPLEMENTATIONS, LARGEST
+from sf_mllm.ops.float8 import FLOAT8_IMPLEMENTATIONS, LARGEST, Float8Layer
 from sf_mllm.ops.implementations import REFERENCE
 from sf_mllm.ops.kernels import require_cuda
 from sf_mllm.ops.linear_activation import LINEAR_ACTIVATION_IMPLEMENTATIONS
@@ -169,20 +169,11 @@ def _by_triton(tokens: Tensor, weight: Tensor, bias: Tensor, activation: str) ->
     return _linear_activation(tokens, weight, bias, _ACTIVATIONS[activation])
 
 
-def _by_triton_in_float8(
-    inputs: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor,
-    weight_scale: Tensor,
-    activation: str,
-    result_scale: Tensor,
-) -> Tensor:
-    if bias is None or not _can(inputs, weight, activation):
-        reference = FLOAT8_IMPLEMENTATIONS[REFERENCE]
-        return reference(inputs, weight, bias, input_scale, weight_scale, activation, result_scale)
-    scales = [input_scale, weight_scale, result_scale]
-    return _float8_linear_activation(inputs, weight, bias, scales, _ACTIVATIONS[activation])
+def _by_triton_in_float8(inputs: Tensor, layer: Float8Layer, activation: str, result_scale: Tensor) -> Tensor:
+    if layer.bias is None or not _can(inputs, layer.weight, activation):
+        return FLOAT8_IMPLEMENTATIONS[REFERENCE](inputs, layer, activation, result_scale)
+    scales = [layer.input_scale, layer.weight_scale, result_scale]
+    return _float8_linear_activation(inputs, layer.weight, layer.bias, scales, _ACTIVATIONS[activation])
 
 
 def _can(tokens: Tensor, weight: Tensor, activation: str) -> bool:

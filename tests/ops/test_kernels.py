@@ -62,27 +62,30 @@ def make_model() -> SparseFormerModel:
 
 
 @pytest.mark.parametrize(
-    ("cases", "count"),
+    ("cases", "count", "traced"),
     [
-        ("sampling_cases", 72),
-        ("pooling_cases", 10),
-        ("stem_cases", 6),
-        ("mixing_cases", 24),
-        ("attention_cases", 14),
-        ("convolution_cases", 8),
-        ("linear_activation_cases", 12),
-        ("float8_cases", 9),
+        ("sampling_cases", 72, 18),
+        ("pooling_cases", 10, 4),
+        ("stem_cases", 6, 6),
+        ("mixing_cases", 24, 8),
+        ("attention_cases", 14, 14),
+        ("convolution_cases", 8, 8),
+        ("linear_activation_cases", 12, 12),
+        ("float8_cases", 9, 9),
     ],
 )
-def test_interpreted_kernels_agree_with_pytorch(cases: str, count: int) -> None:
-    """In a process of its own, since Triton decides when it is imported whether it interprets."""
+def test_interpreted_kernels_agree_with_pytorch(cases: str, count: int, traced: int) -> None:
+    """In a process of its own, since Triton decides when it is imported whether it interprets.
+
+    Where there are many cases only some are traced, too: the interpreter is slow.
+    """
     root = Path(__file__).parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
     environment["OMP_NUM_THREADS"] = "1"  # the interpreter is Python
     script = [sys.executable, str(root / "tests" / "ops" / f"{cases}.py"), "cpu"]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"{count} cases agree" in done.stdout and f"{count} traced cases agree" in done.stdout
+    assert f"{count} cases agree" in done.stdout and f"{traced} traced cases agree" in done.stdout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
