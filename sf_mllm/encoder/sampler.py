@@ -123,8 +123,9 @@ class InitialLatents(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return tokens [1, N, D] and RoIs [1, N, 4] (fp32): they are the same for all images."""
-        copies = len(self.rois) // len(self.embedding)
-        return self.embedding.repeat(1, copies, 1), self.rois.float().repeat(1, 1, 1)
+        times = len(self.rois) // len(self.embedding)
+        # Copies, since PyTorch's trackers of modules cannot follow a view of a parameter where there are no gradients.
+        return self.embedding.repeat(1, times, 1), self.rois.float()[None].clone()
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]  # torch's own signature
         # `model.to(torch.bfloat16)` must not round the RoIs: eight bits are a quarter of a feature pixel.

@@ -35,8 +35,8 @@ _LARGEST = tl.constexpr(LARGEST)
 def _logistic(exponents):
     """1 / (1 + 2 ** -x), to 7e-6 of itself.
 
-    Powers and quotients come from units that are few: an eighth as many as multiply. With both from there a tile would
-    wait for them a quarter as long as it multiplies, so the quotient is by two of Newton's steps.
+    Powers and quotients come from units that are few: an eighth as many as add and multiply. With both from there a
+    tile of depth 1,024 would wait for them a quarter as long as it multiplies, so the quotient is by Newton's steps.
     """
     inverse = tl.minimum(1 + tl.exp2(-exponents), 1e30)
     result = (0x7EF311C7 - inverse.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # off by a 20th at most
